@@ -1,0 +1,78 @@
+# Two commands matter: `make demo` and `make test`. Both do all set-up on a fresh Debian or Ubuntu and are quick the second time.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+# Node 24 of ours first, so that npm and everything below run under it whatever the system has.
+export PATH := $(CURDIR)/.cache/node/bin:$(CURDIR)/node_modules/.bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+# A bare CI job may come without one, and the caches live there.
+ifndef HOME
+export HOME := $(shell getent passwd $$(id -u) | cut -d: -f6)
+endif
+
+NODE := .cache/node/bin/node
+MODULES := node_modules/.package-lock.json
+BUNDLE := dist/.built
+SOURCES := images/bundle.ts images/handover.js $(shell find appliance -name '*.ts' 2>/dev/null)
+HOST := tests/lab/host.sh
+# Network namespaces and containers need root; with-engine also brings a Docker engine for as long as the command runs.
+AS_ROOT := $(HOST) as-root
+WITH_ENGINE := $(HOST) as-root tests/lab/engine.sh run --
+
+help: ## this text
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+build: $(BUNDLE) ## the program, dist/detour.js, and what the images hold, dist/image
+
+check: $(MODULES) ## lint, types, unit and loop tests; needs no privileges
+	@node tests/lab/suite.ts lint types unit loop
+
+test: packages build ## every test; with CI=true all of them and nothing skipped
+	@$(WITH_ENGINE) tests/lab/all.sh test
+
+test-netns: packages build ## tests in network namespaces of their own: real nft, real Multipath TCP
+	@$(AS_ROOT) node tests/lab/suite.ts netns
+
+test-containers: packages build ## tests with the images
+	@$(WITH_ENGINE) tests/lab/all.sh test-containers
+
+images: packages build ## detour-router:dev and detour-client:dev
+	@$(WITH_ENGINE) tests/lab/all.sh images
+
+demo: packages build ## a transfer over two paths that loses the direct one; writes out/demo
+	@$(WITH_ENGINE) tests/lab/all.sh demo
+
+bench: packages build ## measures what the design promises; writes out/bench
+	@$(AS_ROOT) node tests/bench/run.ts
+
+clean: ## removes what was built (dist, out); `make clean-all` also what was fetched
+	rm -rf dist out
+
+clean-all: clean ## ... node_modules, Node, the engine's store and the base image
+	@$(AS_ROOT) tests/lab/engine.sh stop --purge
+	rm -rf node_modules .cache
+	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
+
+.PHONY: help build check test test-netns test-containers images demo bench clean clean-all packages
+
+# Checks for commands, so it costs nothing when all are there.
+packages:
+	@$(HOST) packages build lab docker
+
+$(NODE): package-lock.json $(HOST)
+	@$(HOST) node .cache/node
+	@touch -h $@
+
+# npm writes this file last, and it names what is installed.
+$(MODULES): package-lock.json | $(NODE)
+	@echo "setup: installing the npm packages of the lock file into node_modules" >&2
+	@npm ci --no-progress --loglevel=error
+	@touch $@
+
+$(BUNDLE): $(MODULES) $(SOURCES) package.json
+	@echo "build: dist/detour.js" >&2
+	@node images/bundle.ts
+	@touch $@
