@@ -1,0 +1,105 @@
+import koffi from 'koffi';
+import { type Endpoint, writeAddress } from '../protocol/address.ts';
+
+/**
+ * Whether somebody answers at an endpoint, by an open and a close that carry no byte. Node cannot make an MPTCP socket
+ * nor mark one before its SYN leaves, so this talks to the C library; every call returns at once.
+ */
+export type Handshake = {
+  /**
+   * `answered`: connected, by MPTCP if that was asked for. `refused`: something else came back, a reset or plain TCP.
+   * `silent`: nothing did within `waitMs`, or there is no way there.
+   */
+  try(remote: Endpoint, protocol: 'tcp' | 'mptcp', waitMs: number): Promise<HandshakeResult>;
+};
+
+export type HandshakeResult = 'answered' | 'refused' | 'silent';
+
+/** asm-generic/socket.h, netinet/in.h, linux/mptcp.h, linux/errno.h; the same on amd64 and arm64. */
+const AF_INET = 2;
+const AF_INET6 = 10;
+const SOCK_STREAM = 1;
+const SOCK_NONBLOCK = 0o4000;
+const SOCK_CLOEXEC = 0o2000000;
+const IPPROTO_TCP = 6;
+const IPPROTO_MPTCP = 262;
+const SOL_SOCKET = 1;
+const SO_ERROR = 4;
+const SO_MARK = 36;
+const SOL_MPTCP = 284;
+const MPTCP_INFO = 1;
+/** struct mptcp_info: where its flags are, and the one that says the other end speaks only TCP. */
+const INFO_FLAGS_AT = 8;
+const INFO_FALLBACK = 1;
+const POLLOUT = 4;
+const EINPROGRESS = 115;
+const ECONNREFUSED = 111;
+const ECONNRESET = 104;
+/** How often an open handshake is looked at. */
+const LOOK_MS = 20;
+
+const libc = koffi.load(null);
+const socket = libc.func('int socket(int domain, int type, int protocol)');
+const connect = libc.func('int connect(int fd, const uint8_t *address, uint32_t length)');
+const poll = libc.func('int poll(_Inout_ uint8_t *fds, uint64_t count, int timeout)');
+const setsockopt = libc.func('int setsockopt(int fd, int level, int name, const int *value, uint32_t length)');
+const getsockopt = libc.func(
+  'int getsockopt(int fd, int level, int name, _Inout_ uint8_t *value, _Inout_ uint32_t *length)',
+);
+const close = libc.func('int close(int fd)');
+
+/** Handshakes whose packets carry `mark`, so that rules of ours can tell them from the applications'. */
+export function systemHandshake(mark: number): Handshake {
+  return {
+    async try(remote, protocol, waitMs) {
+      const fd: number = socket(
+        remote.address.family === 4 ? AF_INET : AF_INET6,
+        SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
+        protocol === 'mptcp' ? IPPROTO_MPTCP : IPPROTO_TCP,
+      );
+      if (fd < 0) return 'silent';
+      try {
+        setsockopt(fd, SOL_SOCKET, SO_MARK, [mark | 0], 4);
+        const address = socketAddress(remote);
+        const failed = connect(fd, address, address.length) !== 0 && koffi.errno() !== EINPROGRESS;
+        // Such as no route, at once: of a socket that never asked, the kernel would tell nothing later.
+        return failed ? 'silent' : await outcome(fd, protocol, waitMs);
+      } finally {
+        close(fd);
+      }
+    },
+  };
+}
+
+/** struct sockaddr_in and sockaddr_in6. */
+function socketAddress({ address, port }: Endpoint): Buffer {
+  const bytes = Buffer.alloc(address.family === 4 ? 16 : 28);
+  bytes.writeUInt16LE(address.family === 4 ? AF_INET : AF_INET6);
+  bytes.writeUInt16BE(port, 2);
+  if (address.family === 4) bytes.writeUInt32BE(Number(address.value), 4);
+  else writeAddress(address, bytes, 8);
+  return bytes;
+}
+
+function option(fd: number, level: number, name: number, bytes: number): Buffer | null {
+  const value = Buffer.alloc(bytes);
+  return getsockopt(fd, level, name, value, [bytes]) === 0 ? value : null;
+}
+
+async function outcome(fd: number, protocol: 'tcp' | 'mptcp', waitMs: number): Promise<HandshakeResult> {
+  const until = performance.now() + waitMs;
+  // struct pollfd: fd, events, revents.
+  const watched = Buffer.alloc(8);
+  watched.writeInt32LE(fd, 0);
+  watched.writeInt16LE(POLLOUT, 4);
+  while (poll(watched, 1, 0) !== 1) {
+    if (performance.now() >= until) return 'silent';
+    await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+  }
+  const error = option(fd, SOL_SOCKET, SO_ERROR, 4)?.readInt32LE() ?? -1;
+  if (error === ECONNREFUSED || error === ECONNRESET) return 'refused';
+  if (error !== 0) return 'silent';
+  if (protocol === 'tcp') return 'answered';
+  const flags = option(fd, SOL_MPTCP, MPTCP_INFO, INFO_FLAGS_AT + 4)?.readUInt32LE(INFO_FLAGS_AT);
+  return flags === undefined || (flags & INFO_FALLBACK) !== 0 ? 'refused' : 'answered';
+}
