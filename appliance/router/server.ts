@@ -1,0 +1,355 @@
+import type { Datagram, DatagramServer, Datagrams } from '../kernel/datagrams.ts';
+import type { NftFailure } from '../kernel/nft.ts';
+import { type Address, type Endpoint, formatAddress, formatEndpoint, sameAddress } from '../protocol/address.ts';
+import {
+  decodeRequest,
+  defaultRetryAfter,
+  deriveKeys,
+  encodeResponse,
+  type Keys,
+  PROTOCOL_TCP,
+  RESULT,
+  type Refusal,
+  type Request,
+  type Result,
+  requestIsAuthentic,
+  TYPE,
+  VERSION,
+} from '../protocol/control.ts';
+import { COOKIE_LIFETIME, CookieJar } from '../protocol/cookie.ts';
+import { decodeLegacyRequest, encodeLegacyResponse, LEGACY_BYTES } from '../protocol/legacy.ts';
+import { type Session, Sessions } from '../protocol/window.ts';
+import type { RouterSettings } from '../settings.ts';
+import type { Json, Readiness } from '../status/daemon.ts';
+import { hexKey, Keeper, type KeeperPorts } from './keeper.ts';
+import { Notices } from './notices.ts';
+import { judge } from './policy.ts';
+
+/** The outside, as the router sees it. */
+export type RouterPorts = KeeperPorts & { readonly datagrams: Datagrams };
+
+/** What was known about a datagram when it could first be answered. */
+type Conversation = {
+  readonly datagram: Datagram;
+  readonly request: Request;
+  readonly keys: Keys;
+  readonly session: Session | null;
+};
+
+const STATUS_LEASES = 1_000;
+
+/** A running router: who asks, whether they may, and what they are told. What it grants is the keeper's to put into the kernel. */
+export class Router {
+  readonly #settings: Omit<RouterSettings, 'keys'>;
+  readonly #ports: RouterPorts;
+  readonly #notices: Notices;
+  readonly #keeper: Keeper;
+  readonly #jar: CookieJar;
+  readonly #sessions = new Sessions();
+  readonly #keys = new Map<number, { keys: Keys; label: string | null }>();
+  readonly #started: number;
+  #server: DatagramServer | null = null;
+  #draining = false;
+
+  constructor(settings: RouterSettings, ports: RouterPorts) {
+    const { keys, ...rest } = settings;
+    this.#settings = rest;
+    this.#ports = ports;
+    this.#started = ports.clock.now();
+    this.#notices = new Notices(ports.clock, ports.log);
+    this.#jar = new CookieJar((bytes) => ports.clock.random(bytes), this.#started);
+    for (const { id, secret, label } of keys) this.#keys.set(id, { keys: deriveKeys(id, secret), label });
+    this.#keeper = new Keeper(rest, new Set(this.#keys.keys()), ports, this.#notices);
+  }
+
+  /**
+   * Adopts what an earlier daemon left in the kernel, puts our rules there, and starts to answer. On failure it says
+   * why, and nothing listens.
+   */
+  async start(): Promise<NftFailure | null> {
+    const failure = await this.#keeper.start();
+    if (failure) return failure;
+    const { datagrams, log } = this.#ports;
+    this.#server = await datagrams.serve(this.#settings.listen, (datagram) => this.#receive(datagram));
+    const { ports, relay } = this.#settings;
+    log.info(
+      'router-started',
+      { epoch: this.epoch, leases: this.leaseCount, ports: `${ports.first}-${ports.last}`, relay },
+      this.#keeper.origin === 'inherited' ? 'answering; took over what an earlier daemon left' : 'answering',
+    );
+    return null;
+  }
+
+  get epoch(): string {
+    return this.#keeper.epoch;
+  }
+
+  /** Whose table it is: `inherited` from an earlier daemon, or `new`; null before anything was changed. */
+  get origin(): 'new' | 'inherited' | null {
+    return this.#keeper.origin;
+  }
+
+  readiness(): Readiness {
+    const reasons = [...this.#keeper.troubles];
+    if (this.#draining) reasons.unshift('shutting down');
+    else if (!this.#server) reasons.unshift('not listening yet');
+    return { ready: reasons.length === 0, reasons };
+  }
+
+  async status(): Promise<{ readonly [key: string]: Json }> {
+    const { clock, conntrack } = this.#ports;
+    const { count, live } = this.#keeper.leases;
+    const now = clock.now();
+    const clients = new Map<string, number>();
+    const leases: Json[] = [];
+    for (const lease of live) {
+      const client = formatAddress(lease.client);
+      clients.set(client, (clients.get(client) ?? 0) + 1);
+      if (leases.length >= STATUS_LEASES) continue;
+      leases.push({
+        key: hexKey(lease.owner),
+        client,
+        port: lease.port,
+        destination: formatEndpoint(lease.destination),
+        expiresInSeconds: Math.max(0, Math.round((lease.expires - now) / 1000)),
+      });
+    }
+    const usage = await conntrack.usage();
+    const flows = await conntrack.flows(this.#settings.fwmark, STATUS_LEASES);
+    return {
+      ...this.readiness(),
+      epoch: this.epoch,
+      uptimeSeconds: this.#uptime(now),
+      listen: (this.#server?.local() ?? []).map(formatEndpoint),
+      relay: this.#settings.relay,
+      forwarding: this.#keeper.forwarding,
+      leaseCount: count,
+      leases,
+      clients: [...clients].slice(0, STATUS_LEASES).map(([address, held]) => ({ address, leases: held })),
+      flowCount: flows?.count ?? null,
+      flows: (flows?.first ?? []).map(({ client, port, destination, state }) => ({
+        client: formatEndpoint(client),
+        port,
+        destination: formatEndpoint(destination),
+        state,
+      })),
+      conntrack: usage,
+    };
+  }
+
+  /** Leases in the kernel now. */
+  get leaseCount(): number {
+    return this.#keeper.leases.count;
+  }
+
+  /** By cause; names are stable, the metrics are made of them. */
+  get counters(): ReadonlyMap<string, number> {
+    return this.#notices.counters;
+  }
+
+  /** Packets that the kernel's rules dropped or refused, by cause. */
+  kernelCounters(): Promise<ReadonlyMap<string, number>> {
+    return this.#keeper.kernelCounters();
+  }
+
+  /**
+   * Replaces the accepted keys, all at once, and looks after the kernel's side. A key that is gone takes its leases and its
+   * flows with it.
+   * @throws RangeError for a secret of the wrong length; nothing has changed then.
+   */
+  async reload(keys: RouterSettings['keys']): Promise<void> {
+    const next = new Map(keys.map(({ id, secret, label }) => [id, { keys: deriveKeys(id, secret), label }]));
+    const revoked = [...this.#keys.keys()].filter((id) => !next.has(id));
+    // A new secret under an old id is another key: who knew the old one has no more business here.
+    for (const [id, { keys: held }] of this.#keys) {
+      const other = next.get(id)?.keys;
+      if (other && !Buffer.from(other.c2s).equals(held.c2s)) revoked.push(id);
+    }
+    this.#keys.clear();
+    for (const [id, key] of next) this.#keys.set(id, key);
+    for (const id of revoked) this.#sessions.forget(id);
+    await this.#keeper.rekey(new Set(next.keys()), revoked);
+    this.#ports.log.debug('keys-replaced', { keys: next.size, revoked: revoked.length }, 'accepting the new keys');
+  }
+
+  /** Stops answering. Leases and rules stay in the kernel. Takes no longer than a few seconds. */
+  async drain(): Promise<void> {
+    this.#draining = true;
+    await this.#keeper.drain();
+    await this.#server?.close();
+    this.#server = null;
+  }
+
+  #uptime(now: number): number {
+    return Math.floor((now - this.#started) / 1000);
+  }
+
+  #receive(datagram: Datagram): void {
+    const { bytes, from } = datagram;
+    if (this.#settings.legacyV1 && bytes.length === LEGACY_BYTES) {
+      this.#receiveLegacy(datagram);
+      return;
+    }
+    const request = decodeRequest(bytes);
+    if (typeof request === 'string') {
+      this.#notices.count(`malformed_${request}`);
+      return;
+    }
+    const key = this.#keys.get(request.keyId);
+    if (!key) {
+      this.#notices.count('unknown_key');
+      return;
+    }
+    if (!requestIsAuthentic(bytes, key.keys)) {
+      this.#notices.count('bad_mac');
+      return;
+    }
+    const now = this.#ports.clock.now();
+    const { type, keyId, session: sessionId } = request;
+    const open: Conversation = { datagram, request, keys: key.keys, session: null };
+    if (type === TYPE.HELLO) {
+      if (request.vmin > VERSION || request.vmax < VERSION) {
+        this.#refuse(open, 'UNSUPPORTED');
+        return;
+      }
+      this.#answer(open, RESULT.OK, COOKIE_LIFETIME, 0);
+      return;
+    }
+    const subject = { address: from.address, port: from.port, keyId, session: sessionId };
+    if (!this.#jar.accepts(request.cookie, subject, now)) {
+      this.#answer(open, RESULT.CHALLENGE, 0, 0);
+      return;
+    }
+    const session = this.#sessions.use(keyId, sessionId);
+    const freshness = session.window.check(request.sequence);
+    if (freshness === 'stale') {
+      this.#notices.count('replay_stale');
+      return;
+    }
+    if (freshness === 'repeated') {
+      const stored = session.answerTo(request.sequence, bytes);
+      this.#notices.count(stored ? 'replay_answered' : 'replay_ignored');
+      if (stored) this.#server?.reply(datagram, stored);
+      return;
+    }
+    session.window.advance(request.sequence);
+    this.#serve({ ...open, session });
+  }
+
+  #serve(conversation: Conversation): void {
+    const { request, datagram } = conversation;
+    const { type, destination, protocol } = request;
+    if (type === TYPE.PING) {
+      this.#answer(conversation, RESULT.OK, COOKIE_LIFETIME, 0);
+      return;
+    }
+    if (type !== TYPE.LEASE && type !== TYPE.RELEASE) {
+      this.#refuse(conversation, 'UNSUPPORTED');
+      return;
+    }
+    if (!destination || destination.port === 0) {
+      this.#refuse(conversation, 'MALFORMED');
+      return;
+    }
+    if (protocol !== PROTOCOL_TCP) {
+      this.#refuse(conversation, 'UNSUPPORTED');
+      return;
+    }
+    const client = datagram.from.address;
+    if (type === TYPE.LEASE) {
+      const refusal = this.#admit(destination, client);
+      if (refusal) {
+        this.#refuse(conversation, refusal);
+        return;
+      }
+    }
+    this.#keeper.submit({
+      kind: type === TYPE.LEASE ? 'lease' : 'release',
+      ask: {
+        owner: request.keyId,
+        client,
+        destination,
+        suggestedPort: request.suggestedPort,
+        lifetime: request.lifetime,
+      },
+      answer: (result, lifetime, port) => {
+        // Revoked while it waited: its holder is a stranger now.
+        if (this.#keys.get(request.keyId)?.keys === conversation.keys)
+          this.#answer(conversation, result, lifetime, port);
+      },
+    });
+  }
+
+  /** What policy says to a lease for `client`; null when it may ask the table. */
+  #admit(destination: Endpoint, client: Address): 'BAD_ADDRESS' | 'DENIED_DESTINATION' | 'DRAINING' | null {
+    if (this.#keeper.gateways.some((gateway) => sameAddress(gateway, client))) {
+      this.#notices.warn(
+        'masked-client',
+        { address: formatAddress(client) },
+        'requests arrive from our own default gateway: something (docker-proxy, with published ports) replaces the ' +
+          "clients' addresses, so no lease could match their joins. Run the router with network_mode: host, or set " +
+          '"userland-proxy": false in /etc/docker/daemon.json',
+      );
+      return 'BAD_ADDRESS';
+    }
+    const verdict = judge(destination, client, this.#keeper.rules);
+    if (verdict) return verdict;
+    return this.#draining ? 'DRAINING' : null;
+  }
+
+  #refuse(conversation: Conversation, refusal: Exclude<keyof typeof RESULT, 'OK' | 'CHALLENGE'>): void {
+    const result: Refusal = RESULT[refusal];
+    this.#answer(conversation, result, defaultRetryAfter(result), 0);
+  }
+
+  #answer(conversation: Conversation, result: Result, lifetime: number, port: number): void {
+    const { datagram, request, keys, session } = conversation;
+    const now = this.#ports.clock.now();
+    const subject = { ...datagram.from, keyId: request.keyId, session: request.session };
+    const bytes = encodeResponse(
+      {
+        type: request.type,
+        result,
+        keyId: request.keyId,
+        session: request.session,
+        sequence: request.sequence,
+        epoch: BigInt(`0x${this.epoch}`),
+        uptime: this.#uptime(now),
+        lifetime,
+        observed: datagram.from,
+        port,
+        capabilityPort: 0,
+        flags: 0,
+        cookie: this.#jar.issue(subject, now),
+      },
+      keys,
+      datagram.bytes,
+    );
+    session?.remember(request.sequence, datagram.bytes, bytes);
+    this.#notices.count(`answered_${result}`);
+    this.#server?.reply(datagram, bytes);
+  }
+
+  #receiveLegacy(datagram: Datagram): void {
+    const message = decodeLegacyRequest(datagram.bytes);
+    if (!message || message.destination.port === 0) {
+      this.#notices.count('malformed_v1');
+      return;
+    }
+    const { destination, port: suggestedPort } = message;
+    const client = datagram.from.address;
+    // This protocol has no refusals: who may not have a mapping hears nothing.
+    if (this.#admit(destination, client)) {
+      this.#notices.count('refused_v1');
+      return;
+    }
+    this.#keeper.submit({
+      kind: 'lease',
+      ask: { owner: 'v1', client, destination, suggestedPort, lifetime: Math.floor(this.#settings.leaseTime / 1000) },
+      answer: (result, _lifetime, port) => {
+        this.#notices.count(result === RESULT.OK ? 'answered_v1' : 'refused_v1');
+        if (result === RESULT.OK) this.#server?.reply(datagram, encodeLegacyResponse({ destination, port }));
+      },
+    });
+  }
+}
