@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# What the make targets run once an engine answers (DOCKER_HOST is set by engine.sh run).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+# Its reaper image cannot be pulled everywhere; our tests remove what they make.
+export TESTCONTAINERS_RYUK_DISABLED=true
+
+case ${1:-} in
+  images) images/build.sh ;;
+  demo)
+    images/build.sh
+    compose/demo/image.sh
+    node compose/demo/run.ts
+    ;;
+  test) node tests/lab/suite.ts lint types unit loop netns images containers ;;
+  test-containers) node tests/lab/suite.ts images containers ;;
+  *) echo 'usage: all.sh images|demo|test|test-containers' >&2; exit 64 ;;
+esac

@@ -1,0 +1,896 @@
+import { afterEach, describe, expect, it } from 'vitest';
+import type { Addresses } from '../../appliance/kernel/addresses.ts';
+import type { Conntrack } from '../../appliance/kernel/conntrack.ts';
+import type { Nft } from '../../appliance/kernel/nft.ts';
+import {
+  type Address,
+  type Endpoint,
+  parseAddress,
+  parseEndpoint,
+  parsePrefix,
+} from '../../appliance/protocol/address.ts';
+import { encodeRequest, PROTOCOL_TCP, type Response, resultName, TYPE } from '../../appliance/protocol/control.ts';
+import { decodeLegacyResponse, encodeLegacyRequest } from '../../appliance/protocol/legacy.ts';
+import type { Forwarding } from '../../appliance/router/keeper.ts';
+import { MAP_SIZE } from '../../appliance/router/leases.ts';
+import { Router, type RouterPorts } from '../../appliance/router/server.ts';
+import type { RouterSettings } from '../../appliance/settings.ts';
+import { FakeClock, settle } from '../fakes/clock.ts';
+import { FakeNetwork } from '../fakes/network.ts';
+import { FakeNft } from '../fakes/nft.ts';
+import { Speaker } from '../lab/speaker.ts';
+
+function address(text: string): Address {
+  const parsed = parseAddress(text);
+  if (!parsed) throw new Error(`no address: ${text}`);
+  return parsed;
+}
+
+function endpoint(text: string): Endpoint {
+  const parsed = parseEndpoint(text);
+  if (!parsed) throw new Error(`no endpoint: ${text}`);
+  return parsed;
+}
+
+const key = (id: number) => ({ id, secret: new Uint8Array(32).fill(id), label: null });
+const SETTINGS: RouterSettings = {
+  keys: [key(1), key(2)],
+  listen: { address: address('::'), port: 45672 },
+  ports: { first: 20000, last: 29999 },
+  allow: [],
+  deny: [],
+  relay: 'join',
+  leaseTime: 3_600_000,
+  legacyV1: false,
+  fwmark: { mark: 0xd7000000, mask: 0xff000000 },
+  onExit: 'keep',
+  http: null,
+  socket: '',
+  logLevel: 'info',
+  logFormat: 'json',
+};
+const DETOUR = { v4: address('80.0.0.1'), v6: address('2a00:80::1') };
+const SERVER = endpoint('93.184.216.34:443');
+const OTHER = endpoint('93.184.216.35:443');
+const SERVER6 = endpoint('[2606:2800::1]:443');
+
+type Line = { readonly level: string; readonly event: string; readonly [field: string]: unknown };
+
+/** A router on a machine that is not there: its clock, its wires and its kernel are the test's. */
+class Bench {
+  readonly clock = new FakeClock();
+  readonly network = new FakeNetwork(this.clock);
+  readonly nft = new FakeNft(this.clock);
+  readonly lines: Line[] = [];
+  own: { address: Address; length: number; interface: string }[] = [
+    { address: DETOUR.v4, length: 24, interface: 'eth0' },
+    { address: DETOUR.v6, length: 64, interface: 'eth0' },
+  ];
+  gateways: Address[] = [address('80.0.0.254')];
+  usage = { used: 0, max: 1000 };
+  readonly cuts: { client: Address; port: number }[] = [];
+  forwarding: Forwarding = { v4: null, v6: null };
+  readonly #running: Router[] = [];
+
+  ports(nft: Nft = this.nft): RouterPorts {
+    const say =
+      (level: string) =>
+      (event: string, fields: object): void => {
+        this.lines.push({ ...fields, level, event });
+      };
+    const addresses: Addresses = { local: () => this.own, gateways: async () => this.gateways };
+    const conntrack: Conntrack = {
+      usage: async () => this.usage,
+      flows: async () => ({ count: 0, first: [] }),
+      cut: async (client, port) => this.cuts.push({ client, port }),
+    };
+    return {
+      clock: this.clock,
+      log: { debug: say('debug'), info: say('info'), warn: say('warn'), error: say('error') },
+      nft,
+      datagrams: this.network.host([DETOUR.v4, DETOUR.v6]),
+      addresses,
+      conntrack,
+      upkeep: async () => this.forwarding,
+    };
+  }
+
+  async start(over: Partial<RouterSettings> = {}): Promise<Router> {
+    const router = new Router({ ...SETTINGS, ...over }, this.ports());
+    expect(await router.start()).toBeNull();
+    this.#running.push(router);
+    return router;
+  }
+
+  /** A client with a cookie. */
+  async client(from: string, id = 1): Promise<Speaker> {
+    const speaker = await this.stranger(from, id);
+    expect(resultOf(await speaker.hello())).toBe('OK');
+    return speaker;
+  }
+
+  /** A client that has not said anything yet. */
+  async stranger(from: string, id = 1, secret = key(id).secret): Promise<Speaker> {
+    const source = address(from);
+    const datagrams = this.network.host([source]);
+    const router = { address: source.family === 4 ? DETOUR.v4 : DETOUR.v6, port: 45672 };
+    return Speaker.open(datagrams, router, { id, secret }, { silence: () => this.clock.advance(200) });
+  }
+
+  events(event: string): Line[] {
+    return this.lines.filter((line) => line.event === event);
+  }
+
+  async stop(): Promise<void> {
+    this.nft.gate = null;
+    for (const router of this.#running) {
+      const drained = router.drain();
+      await this.clock.advance(5_000);
+      await drained;
+    }
+    expect(this.lines.filter(({ level }) => level === 'error')).toEqual([]);
+  }
+}
+
+const resultOf = (response: Response | null): string => (response ? resultName(response.result) : 'silence');
+
+let bench: Bench;
+const fresh = (): Bench => {
+  bench = new Bench();
+  return bench;
+};
+afterEach(async () => bench.stop());
+
+/** `10.0.0.1 . 20000` of a granted answer. */
+const slot = (client: string, response: Response | null): string => `${client} . ${response?.port}`;
+
+describe('a conversation', () => {
+  it('greets, grants, repeats, renews and releases', async () => {
+    const { nft, clock } = fresh();
+    const router = await bench.start();
+    const client = await bench.stranger('198.51.100.7');
+    const hello = await client.hello();
+    expect(hello).toMatchObject({ result: 0, lifetime: 120, observed: { port: 40000 }, port: 0, capabilityPort: 0 });
+    const granted = await client.lease(SERVER, { lifetime: 300 });
+    expect(granted).toMatchObject({ result: 0, lifetime: 300 });
+    expect(granted?.epoch.toString(16).padStart(16, '0')).toBe(router.epoch);
+    expect(nft.elements('leases4').get(slot('198.51.100.7', granted))).toBe('93.184.216.34 . 443');
+    const again = await client.lease(SERVER, { lifetime: 60 });
+    expect(again?.port).toBe(granted?.port);
+    expect(again?.lifetime).toBeGreaterThanOrEqual(299);
+    await clock.advance(150_000);
+    expect(resultOf(await client.ask(TYPE.PING))).toBe('CHALLENGE');
+    expect(await client.lease(SERVER, { lifetime: 300 })).toMatchObject({
+      result: 0,
+      port: granted?.port,
+      lifetime: 300,
+    });
+    expect(nft.remaining('leases4', slot('198.51.100.7', granted))).toBeGreaterThan(300);
+    expect(await client.release(SERVER)).toMatchObject({ result: 0, port: 0 });
+    expect(nft.elements('leases4').size).toBe(0);
+    expect(await client.release(SERVER)).toMatchObject({ result: 0 });
+    expect(bench.events('lease-granted')).toMatchObject([
+      { key: '00000001', client: '198.51.100.7', destination: '93.184.216.34:443', seconds: 300 },
+    ]);
+    expect(bench.events('lease-released')).toHaveLength(1);
+  });
+
+  it('works over IPv6', async () => {
+    const { nft } = fresh();
+    await bench.start();
+    const granted = await (await bench.client('2a00:7::1')).lease(SERVER6);
+    expect(nft.elements('leases6').get(slot('2a00:7::1', granted))).toBe('2606:2800::1 . 443');
+  });
+
+  it('never answers with more bytes than it was asked with', async () => {
+    fresh();
+    await bench.start({ legacyV1: true });
+    const client = await bench.client('198.51.100.7');
+    await client.lease(SERVER);
+    await client.lease(endpoint('127.0.0.1:1'));
+    await client.ask(9);
+    const legacy = await bench.stranger('198.51.100.8');
+    await legacy.provoke(encodeLegacyRequest({ destination: SERVER, port: 0 }));
+    const { sent } = bench.network;
+    expect(sent.length).toBeGreaterThanOrEqual(10);
+    for (const [index, { from, bytes }] of sent.entries()) {
+      if (from.port === 45672) expect(bytes.length).toBe(sent[index - 1]?.bytes.length);
+    }
+  });
+
+  it.each([
+    ['a destination that is denied', { destination: endpoint('192.168.0.1:443') }, 'DENIED_DESTINATION'],
+    ['the detour itself', { destination: endpoint('80.0.0.1:443') }, 'DENIED_DESTINATION'],
+    ['its neighbour', { destination: endpoint('80.0.0.9:443') }, 'DENIED_DESTINATION'],
+    ['port 25', { destination: endpoint('93.184.216.34:25') }, 'DENIED_DESTINATION'],
+    ['port 0', { destination: { ...SERVER, port: 0 } }, 'MALFORMED'],
+    ['no destination', { destination: null }, 'MALFORMED'],
+    ['6to4', { destination: endpoint('[2002:5db8:d822::1]:443') }, 'BAD_ADDRESS'],
+    ['the other family', { destination: SERVER6 }, 'BAD_ADDRESS'],
+    ['the zero address with a port', { destination: { address: address('::'), port: 443 } }, 'BAD_ADDRESS'],
+    ['UDP', { protocol: 17 }, 'UNSUPPORTED'],
+  ])('refuses %s', async (_what, over, result) => {
+    fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const response = await client.lease(SERVER, over);
+    expect(resultOf(response)).toBe(result);
+    expect(response).toMatchObject({ port: 0, lifetime: 1800 });
+    expect(bench.nft.elements('leases4').size).toBe(0);
+  });
+
+  it('knows no other types, and no other versions', async () => {
+    fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    for (const type of [0, 5, 15, 99]) expect(resultOf(await client.ask(type))).toBe('UNSUPPORTED');
+    expect(resultOf(await client.ask(TYPE.HELLO, { vmin: 3, vmax: 9 }))).toBe('UNSUPPORTED');
+    expect(resultOf(await client.ask(TYPE.HELLO, { vmin: 1, vmax: 3 }))).toBe('OK');
+  });
+});
+
+describe('silence', () => {
+  it('meets whoever cannot authenticate, and a counter tells why', async () => {
+    fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const good = encodeRequest(client.request(TYPE.PING), client.keys);
+    const changed = (at: number, value: number): Uint8Array => {
+      const copy = good.slice();
+      copy[at] = value;
+      return copy;
+    };
+    const cases: [Uint8Array, string][] = [
+      [new Uint8Array(0), 'malformed_length'],
+      [good.subarray(0, 95), 'malformed_length'],
+      [Buffer.concat([good, new Uint8Array(1)]), 'malformed_length'],
+      [new Uint8Array(65_000), 'malformed_length'],
+      [encodeLegacyRequest({ destination: SERVER, port: 0 }), 'malformed_length'],
+      [changed(0, 0xd6), 'malformed_magic'],
+      [changed(1, 1), 'malformed_version'],
+      [changed(1, 3), 'malformed_version'],
+      [changed(47, 1), 'malformed_reserved'],
+      [changed(69, 1), 'malformed_reserved'],
+      [changed(79, 1), 'malformed_reserved'],
+      [changed(7, 9), 'unknown_key'],
+      [changed(95, (good[95] ?? 0) ^ 1), 'bad_mac'],
+      [changed(2, TYPE.LEASE), 'bad_mac'],
+    ];
+    for (const [bytes, cause] of cases) {
+      const before = router.counters.get(cause) ?? 0;
+      expect(await client.provoke(bytes), cause).toBeNull();
+      expect(router.counters.get(cause), cause).toBe(before + 1);
+    }
+    // Random bytes, many of them, and every single changed byte of a good request.
+    for (let n = 0; n < 200; n++) expect(await client.provoke(bench.clock.random(n))).toBeNull();
+    for (let at = 0; at < 96; at++)
+      expect(await client.provoke(changed(at, (good[at] ?? 0) ^ 0xff)), `byte ${at}`).toBeNull();
+    const wrong = await bench.stranger('198.51.100.8', 1, new Uint8Array(32).fill(9));
+    expect(await wrong.hello()).toBeNull();
+    expect(resultOf(await client.exchange(good))).toBe('OK');
+  });
+});
+
+describe('cookies', () => {
+  it('are asked for, and belong to one address, port, key and session', async () => {
+    fresh();
+    await bench.start();
+    const client = await bench.stranger('198.51.100.7');
+    expect(resultOf(await client.lease(SERVER))).toBe('CHALLENGE');
+    expect(bench.nft.elements('leases4').size).toBe(0);
+    const granted = encodeRequest(
+      client.request(TYPE.LEASE, { destination: SERVER, protocol: PROTOCOL_TCP }),
+      client.keys,
+    );
+    // The same bytes from elsewhere: a spoofer who saw them.
+    for (const from of ['198.51.100.8:40000', '198.51.100.7:40009']) {
+      bench.network.send(endpoint(from), { address: DETOUR.v4, port: 45672 }, granted);
+      await bench.clock.advance(10);
+      expect(bench.network.sent.at(-1)).toMatchObject({ to: endpoint(from) });
+      expect(bench.network.sent.at(-1)?.bytes[3]).toBe(1);
+    }
+    expect(bench.nft.elements('leases4').size).toBe(0);
+    expect(resultOf(await client.exchange(granted))).toBe('OK');
+  });
+
+  it('run out after 120 s', async () => {
+    fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    await bench.clock.advance(119_000);
+    expect(resultOf(await client.ask(TYPE.PING))).toBe('OK');
+    await bench.clock.advance(122_000);
+    expect(resultOf(await client.ask(TYPE.PING))).toBe('CHALLENGE');
+    expect(resultOf(await client.ask(TYPE.PING))).toBe('OK');
+  });
+});
+
+describe('replays', () => {
+  it('get the stored answer, byte by byte, and change nothing', async () => {
+    fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const bytes = encodeRequest(
+      client.request(TYPE.LEASE, { destination: SERVER, protocol: PROTOCOL_TCP }),
+      client.keys,
+    );
+    const first = await client.provoke(bytes);
+    const runs = bench.nft.runs.length;
+    expect(await client.provoke(bytes)).toEqual(first);
+    expect(await client.provoke(bytes)).toEqual(first);
+    expect(bench.nft.runs.length).toBe(runs);
+    await client.release(SERVER);
+    expect(await client.provoke(bytes)).toEqual(first);
+    expect(bench.nft.elements('leases4').size).toBe(0);
+  });
+
+  it('of another request under the same number get nothing', async () => {
+    fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const request = client.request(TYPE.LEASE, { destination: SERVER, protocol: PROTOCOL_TCP });
+    expect(resultOf(await client.exchange(encodeRequest(request, client.keys)))).toBe('OK');
+    const other = encodeRequest({ ...request, destination: OTHER }, client.keys);
+    expect(await client.provoke(other)).toBeNull();
+    expect(router.counters.get('replay_ignored')).toBe(1);
+    expect(resultOf(await client.ask(TYPE.PING, { sequence: 5_000n }))).toBe('OK');
+    expect(await client.ask(TYPE.PING, { sequence: 3_000n })).toBeNull();
+    expect(router.counters.get('replay_stale')).toBe(1);
+  });
+
+  it('while the first is still under way get nothing, and one answer comes', async () => {
+    fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const { promise, resolve } = Promise.withResolvers<void>();
+    bench.nft.gate = promise;
+    const bytes = encodeRequest(
+      client.request(TYPE.LEASE, { destination: SERVER, protocol: PROTOCOL_TCP }),
+      client.keys,
+    );
+    expect(await client.provoke(bytes)).toBeNull();
+    expect(await client.provoke(bytes)).toBeNull();
+    const before = bench.network.sent.length;
+    bench.nft.gate = null;
+    resolve();
+    await bench.clock.advance(100);
+    expect(bench.network.sent.slice(before).filter(({ from }) => from.port === 45672)).toHaveLength(1);
+  });
+});
+
+describe('an answer OK means that the kernel has it', () => {
+  it.each(['missing', 'denied', 'rejected', 'full', 'unknown'] as const)(
+    'nft fails (%s): no OK, and readiness says so',
+    async (kind) => {
+      const { nft } = fresh();
+      const router = await bench.start();
+      const client = await bench.client('198.51.100.7');
+      nft.fault = (commands) => (commands.includes('add element') ? { kind } : null);
+      const refused = await client.lease(SERVER);
+      expect(resultOf(refused)).toBe(kind === 'full' ? 'NO_RESOURCES' : 'INTERNAL');
+      expect(nft.elements('leases4').size).toBe(0);
+      if (kind !== 'full') expect(router.readiness()).toMatchObject({ ready: false });
+      nft.fault = () => null;
+      const granted = await client.lease(SERVER);
+      expect(resultOf(granted)).toBe('OK');
+      expect([...nft.elements('leases4').keys()]).toEqual([slot('198.51.100.7', granted)]);
+      await bench.clock.advance(40_000);
+      expect(router.readiness()).toEqual({ ready: true, reasons: [] });
+    },
+  );
+
+  it('nft dies after the kernel has done it: the map is read before the answer', async () => {
+    const { nft } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    nft.fault = (commands) => (commands.startsWith('add element') ? { kind: 'unknown', after: true } : null);
+    const granted = await client.lease(SERVER);
+    expect(resultOf(granted)).toBe('OK');
+    expect([...nft.elements('leases4').keys()]).toEqual([slot('198.51.100.7', granted)]);
+    expect(resultOf(await client.release(SERVER))).toBe('OK');
+    expect(nft.elements('leases4').size).toBe(0);
+  });
+
+  it('nft dies over a renewal that was not done: refused, and the lease is what it was', async () => {
+    const { nft, clock } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const granted = await client.lease(SERVER, { lifetime: 100 });
+    await clock.advance(50_000);
+    nft.fault = (commands) => (commands.startsWith('add element') ? { kind: 'unknown' } : null);
+    expect(resultOf(await client.lease(SERVER, { lifetime: 100 }))).toBe('INTERNAL');
+    nft.fault = () => null;
+    expect(nft.remaining('leases4', slot('198.51.100.7', granted))).toBeLessThan(56);
+    expect(await client.lease(SERVER, { lifetime: 10 })).toMatchObject({
+      result: 0,
+      port: granted?.port,
+      lifetime: 60,
+    });
+  });
+
+  it('nft dies and then cannot read the map either: refused, and what it left is removed later', async () => {
+    const { nft } = fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    let done = false;
+    nft.fault = (commands) => {
+      const element = commands.startsWith('add element') || commands.startsWith('dump');
+      if (!element || done) return null;
+      return { kind: 'unknown', after: true };
+    };
+    expect(resultOf(await client.lease(SERVER))).toBe('INTERNAL');
+    expect(nft.elements('leases4').size).toBe(1);
+    expect(router.readiness().ready).toBe(false);
+    done = true;
+    await bench.clock.advance(40_000);
+    expect(nft.elements('leases4').size).toBe(0);
+    expect(router.readiness()).toEqual({ ready: true, reasons: [] });
+  });
+
+  it('a hanging nft grants nothing, and what waits shares one transaction afterwards', async () => {
+    const { nft, clock, network } = fresh();
+    await bench.start();
+    const clients = await Promise.all(['198.51.100.7', '198.51.100.8'].map((from) => bench.client(from)));
+    const { promise, resolve } = Promise.withResolvers<void>();
+    nft.gate = promise;
+    const before = network.sent.length;
+    for (const [index, client] of clients.entries()) {
+      for (let n = 0; n < 20; n++) {
+        const destination = { ...SERVER, port: 1000 + n };
+        const request = client.request(TYPE.LEASE, { destination, protocol: PROTOCOL_TCP, suggestedPort: 20_500 });
+        network.send(
+          { address: address(`198.51.100.${7 + index}`), port: 40_000 + index },
+          { address: DETOUR.v4, port: 45672 },
+          encodeRequest(request, client.keys),
+        );
+      }
+      await clock.advance(100);
+    }
+    expect(network.sent.slice(before).filter(({ from }) => from.port === 45672)).toEqual([]);
+    expect(nft.elements('leases4').size).toBe(0);
+    const runs = nft.runs.length;
+    nft.gate = null;
+    resolve();
+    await clock.advance(100);
+    expect(nft.elements('leases4').size).toBe(40);
+    expect(nft.runs.length - runs).toBeLessThanOrEqual(3);
+    // Nobody got another's port, though all wanted the same one.
+    const answers = network.sent.slice(before).filter(({ from }) => from.port === 45672);
+    expect(answers.map(({ bytes }) => bytes[3])).toEqual(Array(40).fill(0));
+    for (const last of ['7', '8']) {
+      const mine = answers.filter(({ to }) => to.address.value === address(`198.51.100.${last}`).value);
+      expect(new Set(mine.map(({ bytes }) => (bytes[58] ?? 0) * 256 + (bytes[59] ?? 0))).size).toBe(20);
+    }
+  });
+
+  it('who is granted something does not wait for who gives something back', async () => {
+    const { nft, clock, network } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    await client.lease(SERVER);
+    const { promise, resolve } = Promise.withResolvers<void>();
+    nft.gate = promise;
+    const before = network.sent.length;
+    const at = (port: number) => ({ destination: { ...SERVER, port }, protocol: PROTOCOL_TCP });
+    for (const request of [
+      client.request(TYPE.LEASE, at(1001)),
+      // While the first is under way:
+      client.request(TYPE.RELEASE, at(SERVER.port)),
+      client.request(TYPE.LEASE, at(1002)),
+    ]) {
+      const bytes = encodeRequest(request, client.keys);
+      network.send({ address: address('198.51.100.7'), port: 40_000 }, { address: DETOUR.v4, port: 45672 }, bytes);
+    }
+    await clock.advance(10);
+    const runs = nft.runs.length;
+    nft.gate = null;
+    resolve();
+    await clock.advance(100);
+    expect(nft.runs.slice(runs).map((commands) => commands.includes('delete element'))).toEqual([false, false, true]);
+    const answers = network.sent.slice(before).filter(({ from }) => from.port === 45672);
+    const [lease, release] = [TYPE.LEASE, TYPE.RELEASE].map((type) => type | 0x80);
+    expect(answers.map(({ bytes }) => bytes[2])).toEqual([lease, lease, release]);
+    expect([...nft.elements('leases4').values()]).toEqual(['93.184.216.34 . 1001', '93.184.216.34 . 1002']);
+  });
+
+  it('a bad element harms only its own request', async () => {
+    const { nft, clock, network } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    // Somebody else put this into our map.
+    await nft.run(
+      'add element inet detour leases4 { 198.51.100.7 . 20010 timeout 600s comment "k00000002" : 1.1.1.1 . 80 }\n',
+    );
+    const { promise, resolve } = Promise.withResolvers<void>();
+    nft.gate = promise;
+    const before = network.sent.length;
+    for (let n = 0; n < 30; n++) {
+      const over = { destination: { ...SERVER, port: 1000 + n }, protocol: PROTOCOL_TCP, suggestedPort: 20_000 + n };
+      const bytes = encodeRequest(client.request(TYPE.LEASE, over), client.keys);
+      network.send({ address: address('198.51.100.7'), port: 40_000 }, { address: DETOUR.v4, port: 45672 }, bytes);
+    }
+    await clock.advance(10);
+    nft.gate = null;
+    resolve();
+    await clock.advance(1_000);
+    const answers = network.sent.slice(before).filter(({ from }) => from.port === 45672);
+    expect(answers.map(({ bytes }) => bytes[3]).filter((result) => result === 0)).toHaveLength(29);
+    expect(answers).toHaveLength(30);
+    // What was nobody's is gone, so the next try gets it.
+    expect(nft.elements('leases4').size).toBe(29);
+    expect(resultOf(await client.lease({ ...SERVER, port: 1010 }, { suggestedPort: 20_010 }))).toBe('OK');
+  });
+
+  it('refuses what is new when the map is full', async () => {
+    const { nft } = fresh();
+    const lines: string[] = [];
+    await bench.start();
+    for (let n = 0; n < MAP_SIZE; n++) {
+      lines.push(
+        `add element inet detour leases4 { 9.${n >> 16}.${(n >> 8) & 255}.${n & 255} . 20000 timeout 600s comment "k00000001" : 1.1.1.1 . 80 }`,
+      );
+    }
+    expect(await nft.run(`${lines.join('\n')}\n`)).toBeNull();
+    const client = await bench.client('198.51.100.7');
+    expect(resultOf(await client.lease(SERVER))).toBe('NO_RESOURCES');
+  });
+});
+
+describe('clients', () => {
+  it('cannot see, take, extend or end one another’s leases', async () => {
+    const { nft } = fresh();
+    await bench.start();
+    const alice = await bench.client('198.51.100.7', 1);
+    const bob = await bench.client('198.51.100.8', 2);
+    // The same address with another key, as behind one NAT; the same key from another address.
+    const carol = await bench.client('198.51.100.7', 2);
+    const dave = await bench.client('198.51.100.8', 1);
+    const granted = await alice.lease(SERVER, { suggestedPort: 20_007 });
+    expect(granted?.port).toBe(20_007);
+    const mine = slot('198.51.100.7', granted);
+    const remaining = nft.remaining('leases4', mine) ?? 0;
+    for (const other of [bob, carol, dave]) {
+      expect(resultOf(await other.release(SERVER))).toBe('OK');
+      expect(nft.elements('leases4').get(mine)).toBe('93.184.216.34 . 443');
+    }
+    expect((await carol.lease(OTHER, { suggestedPort: 20_007 }))?.port).not.toBe(20_007);
+    expect((await carol.lease(SERVER, { suggestedPort: 20_007, lifetime: 3600 }))?.port).not.toBe(20_007);
+    expect((await bob.lease(OTHER, { suggestedPort: 20_007 }))?.port).toBe(20_007);
+    expect(nft.elements('leases4').get(mine)).toBe('93.184.216.34 . 443');
+    expect(nft.remaining('leases4', mine)).toBeLessThanOrEqual(remaining);
+  });
+
+  it('are limited one by one: 64 at once, 20 a second, 256 in all', async () => {
+    fresh();
+    await bench.start();
+    const greedy = await bench.client('198.51.100.7', 1);
+    const modest = await bench.client('198.51.100.7', 2);
+    const results = new Map<string, number>();
+    for (let n = 0; n < 3_000; n++) {
+      const result = resultOf(await greedy.lease({ ...SERVER, port: 1 + n + (n >= 24 ? 1 : 0) }));
+      results.set(result, (results.get(result) ?? 0) + 1);
+      if (result === 'QUOTA') break;
+      if (result === 'RATE') await bench.clock.advance(1_000);
+      if (n === 100) expect(resultOf(await modest.lease(SERVER))).toBe('OK');
+    }
+    expect(results.get('OK')).toBe(256);
+    expect(results.get('QUOTA')).toBe(1);
+    expect(resultOf(await modest.lease(OTHER))).toBe('OK');
+  });
+
+  it('that flood are dropped oldest first, and the router lives', async () => {
+    const { nft, network, clock } = fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const { promise, resolve } = Promise.withResolvers<void>();
+    nft.gate = promise;
+    for (let n = 0; n < 6_000; n++) {
+      const bytes = encodeRequest(
+        client.request(TYPE.LEASE, { destination: SERVER, protocol: PROTOCOL_TCP }),
+        client.keys,
+      );
+      network.send({ address: address('198.51.100.7'), port: 40_000 }, { address: DETOUR.v4, port: 45672 }, bytes);
+    }
+    await clock.advance(10);
+    expect(router.counters.get('queue_dropped')).toBeGreaterThan(1_000);
+    expect(bench.events('queue-full')).toHaveLength(1);
+    nft.gate = null;
+    resolve();
+    await clock.advance(1_000);
+    expect(nft.elements('leases4').size).toBe(1);
+    expect(resultOf(await client.lease(OTHER))).toBe('OK');
+  });
+});
+
+describe('a restart', () => {
+  it('adopts leases, ports, epoch and time', async () => {
+    const { nft, clock } = fresh();
+    const first = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const granted = await client.lease(SERVER, { lifetime: 600 });
+    const six = await (await bench.client('2a00:7::1')).lease(SERVER6);
+    await first.drain();
+    await clock.advance(100_000);
+    const second = await bench.start();
+    expect(second.epoch).toBe(first.epoch);
+    const later = await bench.client('198.51.100.7');
+    const again = await later.lease(SERVER, { lifetime: 60 });
+    expect(again).toMatchObject({ result: 0, port: granted?.port });
+    expect(again?.lifetime).toBeGreaterThan(490);
+    expect(again?.lifetime).toBeLessThanOrEqual(500);
+    expect(nft.elements('leases6').has(slot('2a00:7::1', six))).toBe(true);
+    expect(resultOf(await later.release(SERVER))).toBe('OK');
+    expect(nft.elements('leases4').size).toBe(0);
+  });
+
+  it('has a new epoch when the table was lost', async () => {
+    const { nft } = fresh();
+    const first = await bench.start();
+    await first.drain();
+    nft.flushRuleset();
+    expect((await bench.start()).epoch).not.toBe(first.epoch);
+  });
+
+  it('adopts each lease once, also when an interrupted dump hands some over again', async () => {
+    const { nft } = fresh();
+    const first = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    for (let n = 0; n < 5; n++) await client.lease({ ...SERVER, port: 1000 + n });
+    await first.drain();
+    const before = nft.elements('leases4');
+    nft.interrupted = 3;
+    const second = await bench.start();
+    expect(second.leaseCount).toBe(5);
+    expect(nft.elements('leases4')).toEqual(before);
+  });
+
+  it('removes leases of keys that are no longer accepted, and what is nobody’s', async () => {
+    const { nft } = fresh();
+    const first = await bench.start();
+    await (await bench.client('198.51.100.7', 1)).lease(SERVER, { suggestedPort: 20_001 });
+    await (await bench.client('198.51.100.8', 2)).lease(SERVER, { suggestedPort: 20_002 });
+    await nft.run(
+      'add element inet detour leases4 { 198.51.100.9 . 20003 timeout 600s comment "hello" : 1.1.1.1 . 80 }\n',
+    );
+    await nft.run(
+      'add element inet detour leases4 { 198.51.100.9 . 20004 timeout 600s comment "v1" : 1.1.1.1 . 80 }\n',
+    );
+    await first.drain();
+    await bench.start({ keys: [key(2)] });
+    expect([...nft.elements('leases4').keys()]).toEqual(['198.51.100.8 . 20002']);
+    expect(bench.cuts).toMatchObject([{ port: 20_001 }, { port: 20_004 }]);
+  });
+
+  it('says what is wrong when nft cannot be used', async () => {
+    const { nft } = fresh();
+    for (const kind of ['missing', 'denied', 'unknown'] as const) {
+      nft.fault = () => ({ kind });
+      expect(await new Router(SETTINGS, bench.ports()).start()).toMatchObject({ kind });
+    }
+    nft.fault = () => null;
+  });
+});
+
+describe('what somebody else changes', () => {
+  it.each([
+    ['the whole ruleset is flushed', 'absent', (nft: FakeNft) => nft.flushRuleset()],
+    ['a rule is added to our chain', 'changed', (nft: FakeNft) => nft.addRule('forwarded', 'accept')],
+    ['a map is emptied', 'emptied', (nft: FakeNft) => nft.emptyMap('leases4')],
+  ])('%s: restored within 40 s, with leases and epoch', async (_what, found, change) => {
+    const { nft, clock } = fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const granted = await client.lease(SERVER, { lifetime: 600 });
+    const rules = nft.rules('forwarded').length;
+    const { epoch } = router;
+    change(nft);
+    await clock.advance(40_000);
+    expect(nft.elements('leases4').get(slot('198.51.100.7', granted))).toBe('93.184.216.34 . 443');
+    const remaining = nft.remaining('leases4', slot('198.51.100.7', granted)) ?? 0;
+    expect(remaining).toBeGreaterThan(555);
+    expect(remaining).toBeLessThan(575);
+    expect(nft.rules('forwarded')).toHaveLength(rules);
+    expect(bench.events('rules-restored')).toMatchObject([{ level: 'warn', found }]);
+    await router.drain();
+    expect((await bench.start()).epoch).toBe(epoch);
+  });
+
+  it('a lease asked for right after a flush is granted in a restored table', async () => {
+    const { nft } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    await client.lease(SERVER);
+    nft.flushRuleset();
+    expect(resultOf(await client.lease(OTHER))).toBe('OK');
+    expect(nft.elements('leases4').size).toBe(2);
+    expect(nft.rules('nat_in').length).toBe(2);
+  });
+
+  it('an address appears: it is denied, in the rules too', async () => {
+    const { nft, clock } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    bench.own = [...bench.own, { address: address('93.184.216.99'), length: 24, interface: 'eth1' }];
+    await clock.advance(5_000);
+    expect(resultOf(await client.lease(SERVER))).toBe('DENIED_DESTINATION');
+    expect(nft.rules('destination').join('\n')).toContain('93.184.216.99');
+  });
+});
+
+describe('time', () => {
+  it('ends a lease in the kernel and in the table, and says so', async () => {
+    const { nft, clock } = fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const granted = await client.lease(SERVER, { lifetime: 60 });
+    await clock.advance(60_000);
+    expect(nft.elements('leases4').has(slot('198.51.100.7', granted))).toBe(true);
+    await clock.advance(9_000);
+    expect(nft.elements('leases4').size).toBe(0);
+    expect(router.leaseCount).toBe(0);
+    expect(bench.events('lease-expired')).toMatchObject([{ client: '198.51.100.7', port: granted?.port }]);
+    // The same destination may have its port back at once; another one may not for a while.
+    await client.hello();
+    const other = await client.lease(OTHER, { suggestedPort: granted?.port ?? 0 });
+    expect(other?.port).not.toBe(granted?.port);
+    expect((await client.lease(SERVER, { suggestedPort: granted?.port ?? 0 }))?.port).toBe(granted?.port);
+  });
+});
+
+describe('keys', () => {
+  it('are replaced all at once; who lost one has no leases, no flows and no answers', async () => {
+    const { nft } = fresh();
+    const router = await bench.start();
+    const alice = await bench.client('198.51.100.7', 1);
+    const bob = await bench.client('198.51.100.8', 2);
+    await alice.lease(SERVER);
+    await bob.lease(SERVER);
+    await router.reload([key(2), key(3)]);
+    expect([...nft.elements('leases4').keys()].every((held) => held.startsWith('198.51.100.8'))).toBe(true);
+    expect(bench.cuts).toHaveLength(1);
+    expect(await alice.ask(TYPE.PING)).toBeNull();
+    expect(resultOf(await bob.ask(TYPE.PING))).toBe('OK');
+    expect(resultOf(await (await bench.stranger('198.51.100.9', 3)).hello())).toBe('OK');
+    expect(nft.rules('control').join('\n')).toContain('{ 0x00000002, 0x00000003 }');
+    await expect(router.reload([{ ...key(4), secret: new Uint8Array(31) }])).rejects.toThrow(RangeError);
+    expect(resultOf(await bob.ask(TYPE.PING))).toBe('OK');
+  });
+
+  it('with a new secret are new keys', async () => {
+    const { nft } = fresh();
+    const router = await bench.start();
+    const alice = await bench.client('198.51.100.7', 1);
+    await alice.lease(SERVER);
+    await router.reload([{ ...key(1), secret: new Uint8Array(32).fill(77) }]);
+    expect(nft.elements('leases4').size).toBe(0);
+    expect(await alice.ask(TYPE.PING)).toBeNull();
+  });
+});
+
+describe('the end', () => {
+  it('lets what is under way finish and refuses what is new', async () => {
+    const { nft, clock } = fresh();
+    const router = await bench.start();
+    const client = await bench.client('198.51.100.7');
+    const { promise, resolve } = Promise.withResolvers<void>();
+    nft.gate = promise;
+    expect(await client.lease(SERVER)).toBeNull();
+    const drained = router.drain();
+    expect(router.readiness()).toMatchObject({ ready: false, reasons: ['shutting down'] });
+    expect(await client.lease(OTHER)).toMatchObject({ result: 67, lifetime: 30 });
+    const before = bench.network.sent.length;
+    nft.gate = null;
+    resolve();
+    await clock.advance(100);
+    await drained;
+    expect(bench.network.sent.slice(before).filter(({ from }) => from.port === 45672)).toHaveLength(1);
+    expect(nft.elements('leases4').size).toBe(1);
+    expect(await client.hello()).toBeNull();
+  });
+});
+
+describe('a machine that is not what it should be', () => {
+  it('does not serve clients whose addresses something masks, and says so once', async () => {
+    fresh();
+    bench.gateways = [address('172.17.0.1')];
+    await bench.start();
+    const client = await bench.client('172.17.0.1');
+    expect(resultOf(await client.lease(SERVER))).toBe('BAD_ADDRESS');
+    expect(resultOf(await client.lease(OTHER))).toBe('BAD_ADDRESS');
+    expect(bench.events('masked-client')).toHaveLength(1);
+  });
+
+  it('grants nothing new when conntrack is nearly full, and renews', async () => {
+    const { clock } = fresh();
+    await bench.start();
+    const client = await bench.client('198.51.100.7');
+    await client.lease(SERVER, { lifetime: 60 });
+    bench.usage = { used: 860, max: 1000 };
+    await clock.advance(3_000);
+    expect(resultOf(await client.lease(OTHER))).toBe('NO_RESOURCES');
+    expect(await client.lease(SERVER, { lifetime: 600 })).toMatchObject({ result: 0, lifetime: 600 });
+    expect(bench.events('conntrack-nearly-full')).toHaveLength(1);
+    bench.usage = { used: 100, max: 1000 };
+    await clock.advance(3_000);
+    expect(resultOf(await client.lease(OTHER))).toBe('OK');
+  });
+
+  it('serves the family that is forwarded', async () => {
+    fresh();
+    bench.forwarding = { v4: null, v6: 'net.ipv6.conf.all.forwarding is 0' };
+    const router = await bench.start();
+    expect(resultOf(await (await bench.client('198.51.100.7')).lease(SERVER))).toBe('OK');
+    expect(resultOf(await (await bench.client('2a00:7::1')).lease(SERVER6))).toBe('NO_RESOURCES');
+    expect(router.readiness().ready).toBe(true);
+  });
+});
+
+describe('version 1', () => {
+  const ask = (destination: Endpoint, port = 0): Uint8Array => encodeLegacyRequest({ destination, port });
+
+  it('is off unless asked for', async () => {
+    fresh();
+    await bench.start();
+    expect(await (await bench.stranger('198.51.100.7')).provoke(ask(SERVER))).toBeNull();
+  });
+
+  it('maps, repeats itself, replaces a port, and expires', async () => {
+    const { nft, clock } = fresh();
+    await bench.start({ legacyV1: true, leaseTime: 60_000 });
+    const client = await bench.stranger('198.51.100.7');
+    const first = decodeLegacyResponse((await client.provoke(ask(SERVER, 20_007))) ?? new Uint8Array());
+    expect(first).toEqual({ destination: SERVER, port: 20_007 });
+    expect(decodeLegacyResponse((await client.provoke(ask(SERVER, 20_008))) ?? new Uint8Array())?.port).toBe(20_007);
+    const other = decodeLegacyResponse((await client.provoke(ask(OTHER, 20_007))) ?? new Uint8Array());
+    expect(other?.port).not.toBe(20_007);
+    expect(
+      decodeLegacyResponse((await client.provoke(ask({ ...SERVER, port: 80 }, 80))) ?? new Uint8Array())?.port,
+    ).toBeGreaterThanOrEqual(20_000);
+    expect(nft.elements('leases4').size).toBe(3);
+    await clock.advance(70_000);
+    expect(nft.elements('leases4').size).toBe(0);
+  });
+
+  it('says nothing to what policy denies, and cannot touch what keys hold', async () => {
+    const { nft } = fresh();
+    await bench.start({ legacyV1: true });
+    const client = await bench.stranger('198.51.100.7');
+    for (const text of ['10.0.0.1:443', '127.0.0.1:443', '80.0.0.1:443', '93.184.216.34:25']) {
+      expect(await client.provoke(ask(endpoint(text)))).toBeNull();
+    }
+    expect(await client.provoke(ask({ ...SERVER, port: 0 }))).toBeNull();
+    const held = await (await bench.client('198.51.100.7')).lease(SERVER, { suggestedPort: 20_001 });
+    const mapped = decodeLegacyResponse((await client.provoke(ask(SERVER, 20_001))) ?? new Uint8Array());
+    expect(mapped?.port).not.toBe(held?.port);
+    expect(nft.elements('leases4').size).toBe(2);
+  });
+});
+
+describe('status', () => {
+  it('shows leases and clients without secrets', async () => {
+    fresh();
+    const router = await bench.start();
+    await (await bench.client('198.51.100.7')).lease(SERVER, { suggestedPort: 20_001 });
+    await settle();
+    const status = await router.status();
+    expect(status).toMatchObject({
+      ready: true,
+      leases: [{ key: '00000001', client: '198.51.100.7', port: 20_001, destination: '93.184.216.34:443' }],
+      clients: [{ address: '198.51.100.7', leases: 1 }],
+      listen: ['80.0.0.1:45672', '[2a00:80::1]:45672'],
+      flowCount: 0,
+      flows: [],
+    });
+    expect(JSON.stringify(status)).not.toContain('1'.repeat(16));
+  });
+});
+
+it('opens what the operator allows', async () => {
+  fresh();
+  const prefix = parsePrefix('10.1.0.0/16');
+  if (!prefix) throw new Error('no prefix');
+  await bench.start({ allow: [{ prefix, ports: [{ first: 443, last: 443 }] }] });
+  const client = await bench.client('198.51.100.7');
+  expect(resultOf(await client.lease(endpoint('10.1.2.3:443')))).toBe('OK');
+  expect(resultOf(await client.lease(endpoint('10.1.2.3:444')))).toBe('DENIED_DESTINATION');
+});
