@@ -46,7 +46,8 @@ describe.runIf(requireRoot('tests of the traffic programs'))('the traffic progra
     const transfer = startTransfer(client, { to: '10.78.1.2:5000', bytes: 10_000_000 });
     const result = await transfer.result;
     expect(result.sha256).toBe(expectedSha256('detour', 10_000_000));
-    expect(result.mbps).toBeGreaterThan(30);
+    // More than one of them can carry.
+    expect(result.mbps).toBeGreaterThan(20);
     expect(result.paths.map((path) => path.remote).toSorted()).toEqual(['10.78.1.1', '10.78.2.1']);
     const total = result.paths.reduce((sum, path) => sum + path.bytes, 0);
     expect(total).toBeGreaterThanOrEqual(10_000_000);
