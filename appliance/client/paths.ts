@@ -262,6 +262,14 @@ export function openBook(now: number, adopted = false): Book {
 }
 
 /**
+ * The book of a connection whose paths now run from another place: what it carried there is no measure for here, but what it tried
+ * and put aside still counts.
+ */
+export function reopenBook({ parked, budget, attempts, paidAt, why }: Book, now: number): Book {
+  return { ...openBook(now), parked, budget, attempts, paidAt, why };
+}
+
+/**
  * Thompson sampling: each candidate is ranked by one draw from what is believed of it, so it is tried as often as it
  * is likely to be the best.
  */

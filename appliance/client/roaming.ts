@@ -1,5 +1,6 @@
 import { sameAddress, sameEndpoint } from '../protocol/address.ts';
 import { destroy, fail } from './joins.ts';
+import { reopenBook } from './paths.ts';
 import { fill } from './slots.ts';
 import {
   addressKey,
@@ -90,6 +91,7 @@ export function sweep(state: State, connection: Connection, out: Command[]): voi
 }
 
 function strand(state: State, connection: Connection, now: number, out: Command[]): void {
+  const before = connection.stranded.length;
   for (const path of [...connection.paths]) {
     const { local, remote, failures } = path;
     const waits = path.kind === 'direct' && path.state === 'joining' && isGone(state, connection.home);
@@ -110,5 +112,6 @@ function strand(state: State, connection: Connection, now: number, out: Command[
     out.push({ kind: 'joined', token: connection.token, detour: path.detour, outcome: 'lost', why: WHY });
     if (path.kind !== 'direct' && path.detour === null) remove(connection, path);
   }
+  if (connection.book && connection.stranded.length > before) connection.book = reopenBook(connection.book, now);
   sweep(state, connection, out);
 }

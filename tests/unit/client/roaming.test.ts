@@ -106,6 +106,56 @@ test('one of two addresses is gone: what runs from the other goes on, and the ol
   expect(only(again, 'create-subflow')).toMatchObject([{ local: NEW, localId: 1, remote: { port: 20_002 } }]);
 });
 
+test('what it carried before it moved is not held against the paths that start anew', () => {
+  const { state, tell } = running();
+  const ends: Record<'direct' | 'nat', Endpoint> = { direct: CLIENT, nat: JOINED };
+  let remote = LEASED;
+  const sent = { direct: 0, nat: 0 };
+  const carry = (from: number, until: number, rate: number): Command[] => {
+    const commands: Command[] = [];
+    for (let now = from; now < until; now += 250) {
+      for (const path of ['direct', 'nat'] as const) sent[path] += rate / 4;
+      const subflow = (path: 'direct' | 'nat', to: Endpoint) => ({
+        local: ends[path],
+        remote: to,
+        localId: 0,
+        joined: path === 'nat',
+        established: true,
+        backup: false,
+        timeouts: 0,
+        unacked: 1,
+        busyMs: now,
+        rttMs: 10,
+        bytesAcked: sent[path],
+        bytesReceived: 0,
+      });
+      const subflows = [subflow('direct', SERVER), subflow('nat', remote)];
+      const connections = [{ token: 1, local: CLIENT, remote: SERVER, initiated: true, subflows }];
+      commands.push(...tell(now, { kind: 'dump', askedAt: now, connections }));
+    }
+    return commands;
+  };
+  expect(only(carry(1_100, 7_000, 1_250_000), 'set-backup')).toEqual([]);
+  remote = { ...LEASED, port: 20_002 };
+  ends.direct = { address: NEW, port: 50_002 };
+  ends.nat = { address: NEW, port: 50_003 };
+  const common = { token: 1, localId: 1, backup: false, error: 0 } as const;
+  tell(
+    7_000,
+    { kind: 'network-changed', addresses: [NEW], links: null },
+    { kind: 'sources-found', sources: [{ server: SERVER.address, local: NEW }] },
+    { kind: 'subflow-established', ...common, local: ends.direct, remote: SERVER },
+    { kind: 'lease-lost', detour: 'a', server: SERVER },
+    { kind: 'detour-up', detour: 'a', rttMs: 10, epoch: 1n, local: NEW },
+    { kind: 'lease-granted', detour: 'a', server: SERVER, port: 20_002, expiresAt: 600_000 },
+    { kind: 'subflow-established', ...common, local: ends.nat, remote },
+  );
+  expect(states(state)).toEqual(['direct active', 'nat active']);
+  Object.assign(sent, { direct: 0, nat: 0 });
+  // What was in flight is sent again first, so that the rate has to grow from next to nothing.
+  expect(only(carry(7_100, 9_500, 50_000), 'set-backup')).toEqual([]);
+});
+
 test('a reading of the kernel does not bring back what is stranded', () => {
   const { state, tell } = running();
   tell(5_000, { kind: 'network-changed', addresses: [], links: null });
