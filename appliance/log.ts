@@ -12,6 +12,15 @@ export type Log = {
   error(event: string, fields: LogFields, message: string): void;
 };
 
+/** The same log, with facts of their own on every line of it. */
+export function logWith(log: Log, facts: LogFields): Log {
+  const at =
+    (level: keyof Log): Log['info'] =>
+    (event, fields, message) =>
+      log[level](event, { ...facts, ...fields }, message);
+  return { debug: at('debug'), info: at('info'), warn: at('warn'), error: at('error') };
+}
+
 /** Where lines go: each with its newline, at once. */
 export type LogSink = { write(line: string): void };
 

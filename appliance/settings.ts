@@ -61,6 +61,9 @@ export type FixedSource = Extract<DetourSource, { kind: 'static' | 'dns' }>;
 /** Kinds of further paths; free places go to those named first when `ordered`. */
 export type Strategy = { readonly kinds: readonly ('nat' | 'announced')[]; readonly ordered: boolean };
 
+/** `host` is the network namespace that the agent runs in. */
+export type ProviderName = 'host' | 'docker' | 'kubernetes';
+
 export type ClientSettings = CommonSettings & {
   readonly key: Key;
   readonly detours: readonly DetourSource[];
@@ -75,6 +78,8 @@ export type ClientSettings = CommonSettings & {
   /** Null: measured per destination. */
   readonly minAgeMs: number | null;
   readonly rescue: boolean;
+  /** Whose namespaces are served; at least one, none twice. */
+  readonly providers: readonly ProviderName[];
   readonly sysctlRoot: string;
 };
 
@@ -486,6 +491,7 @@ export function loadClientSettings(sources: Sources, options: { others?: boolean
     mode: get(TABLE.mode),
     minAgeMs: get(TABLE.minAge),
     rescue: get(TABLE.rescue),
+    providers: get(TABLE.providers),
     sysctlRoot: get(TABLE.sysctlRoot),
   };
   return freeze({ settings, shown, warnings });

@@ -14,7 +14,7 @@ import {
   parsePrefix,
 } from './protocol/address.ts';
 import { isHost, isServiceName, parseNamedDetour, parsePort as port } from './protocol/names.ts';
-import type { DetourSource, Key, Role, Strategy } from './settings.ts';
+import type { DetourSource, Key, ProviderName, Role, Strategy } from './settings.ts';
 
 /** The default port of the control protocol, for detours whose address names none. */
 export const CONTROL_PORT = 45672;
@@ -90,12 +90,19 @@ function strategy(text: string): Strategy {
   return { kinds: [...new Set(kinds)], ordered: !words.includes('auto') };
 }
 
+function providers(text: string): readonly ProviderName[] {
+  const names = list(text, oneOf('host', 'docker', 'kubernetes'));
+  if (names.length === 0) refuse('names no provider');
+  return new Set(names).size === names.length ? names : refuse('names one of them twice');
+}
+
 /** A switch whose feature this version does not have: it may only be off. */
 function offYet(text: string): false {
   return /^(off|false|no|0)$/i.test(text) ? false : refuse('is not available in this version: it can only be off');
 }
 
-function flag(text: string): boolean {
+/** A switch, as people write one. @throws Refused */
+export function flag(text: string): boolean {
   if (/^(on|true|yes|1)$/i.test(text)) return true;
   if (/^(off|false|no|0)$/i.test(text)) return false;
   return refuse('must be on or off');
@@ -594,10 +601,11 @@ export const TABLE = {
     name: 'DETOUR_PROVIDERS',
     roles: ['client'],
     default: 'host',
-    unavailable: true,
-    doc: 'Whose namespaces to serve. This version serves its own (`host`); `docker` and `kubernetes` are not available yet.',
-    example: 'host',
-    parse: onlyYet(['host'], /docker|kubernetes/i),
+    doc:
+      'Whose network namespaces to serve, any mix: `host` is the one that the agent runs in; `docker` those of containers with the label `detour.enable=true`; ' +
+      '`kubernetes` those of pods of this node with the annotation `detour.dev/enable: "true"`. What else can be said there, and what each needs: docs/workloads.md.',
+    example: 'host,docker',
+    parse: providers,
   }),
   mptcpify: variable({
     name: 'DETOUR_MPTCPIFY',

@@ -9,17 +9,23 @@ import { systemHandshake } from '../kernel/handshake.ts';
 import { systemLookup } from '../kernel/lookup.ts';
 import { nftMemory } from '../kernel/memory.ts';
 import { openPathManager } from '../kernel/mptcp.ts';
+import { type Namespace, NamespaceError, openNamespace, ownNamespace } from '../kernel/namespaces.ts';
 import { openNetwork } from '../kernel/network.ts';
 import { remedyOf, systemNft } from '../kernel/nft.ts';
+import { type ApiServer, podsOf } from '../kernel/pods.ts';
+import { systemProcesses } from '../kernel/processes.ts';
 import { systemSchedule } from '../kernel/schedule.ts';
 import { procSysctl } from '../kernel/sysctl.ts';
 import { openTranslations } from '../kernel/translations.ts';
 import { systemWeb } from '../kernel/web.ts';
-import type { Log } from '../log.ts';
-import type { ClientHostSettings, ClientSettings } from '../settings.ts';
+import { type Log, logWith } from '../log.ts';
+import type { ClientHostSettings, ClientSettings, ProviderName } from '../settings.ts';
 import type { DaemonView } from '../status/daemon.ts';
+import { flag, TABLE } from '../variables.ts';
 import { VERSION } from '../version.ts';
-import { type Daemon, startDaemon } from './daemon.ts';
+import { type DaemonPorts, type Place, startDaemon } from './daemon.ts';
+import { watchDocker } from './docker.ts';
+import { watchKubernetes } from './kubernetes.ts';
 import { type LoaderPorts, unload as restore, load as select } from './loader.ts';
 import { REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
 
@@ -36,52 +42,147 @@ export type RunningClient = {
 const TRIM_MS = 10_000;
 
 /**
- * Runs the client agent of this network namespace.
+ * Runs the client agent of this network namespace, and of those of the workloads that `providers` name.
  * @throws Fatal (69) when the kernel or the container lacks something; nothing has changed then.
  */
 export async function startClient(settings: ClientSettings, log: Log): Promise<RunningClient> {
   // Left to itself, V8 takes 35 MB for the passing garbage of a thousand connections.
   setFlagsFromString('--optimize-for-size');
   setFlagsFromString('--semi-space-growth-factor=1');
-  const ports = loaderPorts(settings, log);
-  await select(ports, 'daemon');
-  let daemon: Daemon;
-  try {
-    // What a predecessor with DETOUR_RESCUE=on left when it was killed.
-    if (!settings.rescue) await removeRedirections();
-    daemon = await startDaemon(settings, {
-      clock: systemClock,
-      datagrams: udpDatagrams(),
-      diag: openDiag(),
-      log,
-      lookup: systemLookup(),
-      files: systemFiles(),
-      web: systemWeb(),
-      schedule: systemSchedule,
-      openNetwork,
-      openPathManager,
-      openRescue: () => ({
-        nft: systemNft(),
-        translations: openTranslations(),
-        handshake: systemHandshake(settings.fwmark.mark),
-      }),
-      version: VERSION,
-    });
-  } catch (error) {
-    // What went wrong first is what the user has to mend; a failure of this may well have the same cause.
-    await restore(ports, 'daemon').catch(() => undefined);
-    throw error;
-  }
+  const providers = await openProviders(settings, log);
+  const daemon = await startDaemon(settings, {
+    clock: systemClock,
+    log,
+    lookup: systemLookup(),
+    files: systemFiles(),
+    web: systemWeb(),
+    schedule: systemSchedule,
+    ownId: ownNamespace.id,
+    openPlace: async (path, workload) =>
+      placeOf(
+        path === null ? ownNamespace : await enter(path),
+        settings,
+        workload === null ? log : logWith(log, { workload }),
+      ),
+    providers,
+    version: VERSION,
+  });
   const trimming = setInterval(returnFreedMemory, TRIM_MS).unref();
   return {
     view: daemon.view,
     async stop() {
       clearInterval(trimming);
-      // The path manager first: with the userspace one selected and nobody listening, this host refuses joins.
-      await restore(ports, 'daemon');
       await daemon.stop();
     },
   };
+}
+
+/** Everything that the agent of one namespace needs of the kernel. */
+function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Place {
+  const loader = loaderPorts(settings, log, namespace);
+  return {
+    id: namespace.id,
+    ports: {
+      clock: systemClock,
+      datagrams: udpDatagrams(namespace),
+      // Opened with the agent: a place that turns out to be served already costs no socket.
+      openDiag: () => openDiag(namespace),
+      log,
+      openNetwork: (onNews) => openNetwork(namespace, onNews),
+      openPathManager: (onEvent) => openPathManager(namespace, onEvent),
+      openRescue: () => ({
+        nft: systemNft({ namespace }),
+        translations: openTranslations(namespace),
+        handshake: systemHandshake(namespace, settings.fwmark.mark),
+      }),
+    },
+    async load() {
+      // With what a predecessor with DETOUR_RESCUE=on left when it was killed.
+      await Promise.all([select(loader, 'daemon'), settings.rescue ? null : removeRedirections(namespace)]);
+    },
+    unload: () => restore(loader, 'daemon'),
+    close: () => namespace.close(),
+  };
+}
+
+/** What watches for workloads. @throws Fatal naming what this process lacks to serve them */
+async function openProviders(settings: ClientSettings, log: Log): Promise<DaemonPorts['providers']> {
+  const { providers } = settings;
+  if (providers.every((name) => name === 'host')) return [];
+  await mayEnter(providers);
+  const clock = systemClock;
+  const readers = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
+  const watchers: DaemonPorts['providers'][number][] = [];
+  if (providers.includes('docker')) {
+    const socketPath = socketOf(process.env['DOCKER_HOST']);
+    // Only when it is needed: the library takes 10 MB.
+    const { dockerEngine } = await import('../kernel/engine.ts');
+    const engine = dockerEngine(socketPath);
+    watchers.push((onChange) => watchDocker({ engine, clock, log, readers, onChange }));
+  }
+  if (providers.includes('kubernetes')) {
+    const pods = podsOf(apiServer());
+    const processes = systemProcesses();
+    watchers.push((onChange) => watchKubernetes({ pods, processes, clock, log, readers, onChange }));
+  }
+  return watchers;
+}
+
+/** Entering another namespace takes a capability that serving one's own does not; better to hear of it at once. */
+async function mayEnter(providers: readonly ProviderName[]): Promise<void> {
+  try {
+    (await openNamespace('/proc/self/ns/net')).close();
+  } catch (error) {
+    if (!(error instanceof NamespaceError)) throw error;
+    throw new Fatal(
+      69,
+      `DETOUR_PROVIDERS=${providers.join(',')}: this process may not enter other network namespaces (${error.code}); it needs CAP_SYS_ADMIN. ` +
+        'docker: --cap-add SYS_ADMIN -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave; ' +
+        'Kubernetes: use the overlay k8s/overlays/pods, which also has hostPID and SYS_PTRACE',
+    );
+  }
+}
+
+/** @throws Fatal (78) for an engine that is not on this host: its namespaces could not be entered */
+function socketOf(dockerHost: string | undefined): string {
+  if (dockerHost === undefined || dockerHost === '') return '/var/run/docker.sock';
+  const path = /^unix:\/\/(\/.+)$/.exec(dockerHost)?.[1];
+  if (path !== undefined) return path;
+  throw new Fatal(78, `DOCKER_HOST="${dockerHost}": must be unix:///PATH, the socket of an engine on this host`);
+}
+
+/** Where Kubernetes tells its pods to find the API. @throws Fatal (78) outside of a pod */
+function apiServer(): ApiServer {
+  const folder = '/var/run/secrets/kubernetes.io/serviceaccount';
+  const { KUBERNETES_SERVICE_HOST: host, KUBERNETES_SERVICE_PORT: port = '443', NODE_NAME: node } = process.env;
+  if (!host) throw new Fatal(78, 'DETOUR_PROVIDERS=kubernetes: KUBERNETES_SERVICE_HOST is not set: this is no pod');
+  if (!node) {
+    throw new Fatal(
+      78,
+      'DETOUR_PROVIDERS=kubernetes: NODE_NAME is not set; in the pod: env: [{name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]',
+    );
+  }
+  return {
+    url: `https://${host.includes(':') ? `[${host}]` : host}:${port}`,
+    tokenPath: `${folder}/token`,
+    caPath: `${folder}/ca.crt`,
+    node,
+  };
+}
+
+/** What to do when a workload's namespace cannot be entered. */
+async function enter(path: string): Promise<Namespace> {
+  try {
+    return await openNamespace(path);
+  } catch (error) {
+    if (!(error instanceof NamespaceError)) throw error;
+    const inProc = path.startsWith('/proc/');
+    if (error.code === 'ENOENT' && !inProc)
+      throw new Error(`${error.message}; mount it: -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave`);
+    if (error.code === 'EACCES' || (error.code === 'EPERM' && inProc))
+      throw new Error(`${error.message}; it needs the host's pid namespace and CAP_SYS_PTRACE besides CAP_SYS_ADMIN`);
+    throw error;
+  }
 }
 
 /** `detour load`: selects the userspace path manager until `detour unload`. @throws Fatal (69) */
@@ -101,11 +202,15 @@ export async function cleanupClient(settings: ClientHostSettings, log: Log): Pro
 }
 
 /** @throws Fatal (69) */
-async function removeRedirections(): Promise<void> {
-  const failure = await systemNft().run(REMOVE_REDIRECTIONS);
+async function removeRedirections(namespace: Namespace = ownNamespace): Promise<void> {
+  const failure = await systemNft({ namespace }).run(REMOVE_REDIRECTIONS);
   if (failure) throw new Fatal(69, `cannot remove table ${RESCUE_TABLE}: ${remedyOf(failure)}`);
 }
 
-function loaderPorts(settings: ClientHostSettings, log: Log): LoaderPorts {
-  return { sysctl: procSysctl(settings.sysctlRoot), memory: nftMemory(systemNft(), CLIENT_TABLE), log };
+function loaderPorts(settings: ClientHostSettings, log: Log, namespace: Namespace = ownNamespace): LoaderPorts {
+  return {
+    sysctl: procSysctl(settings.sysctlRoot, namespace),
+    memory: nftMemory(systemNft({ namespace }), CLIENT_TABLE),
+    log,
+  };
 }

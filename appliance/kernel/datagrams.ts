@@ -1,6 +1,10 @@
 import { createSocket, type Socket } from 'node:dgram';
+import { getSystemErrorName } from 'node:util';
+import koffi from 'koffi';
 import { type Address, type Endpoint, formatAddress, formatEndpoint, parseAddress } from '../protocol/address.ts';
 import { systemAddresses } from './addresses.ts';
+import { type Namespace, ownNamespace } from './namespaces.ts';
+import { bind as bindTo, close as closeFile, openSocket, socketAddress } from './sockets.ts';
 
 /** A received datagram and the way back to its sender. */
 export type Datagram = {
@@ -155,19 +159,34 @@ async function serve(endpoint: Endpoint, receive: (datagram: Datagram) => void):
   };
 }
 
+/** A socket of that namespace, as Node has it; bound to `from` if that is given. @throws Error with the system's code as cause */
+function socketIn(namespace: Namespace, { address: { family } }: Endpoint, from: Address | undefined): Socket {
+  const fd = openSocket(namespace, family, 'datagram');
+  const local = from && socketAddress({ address: from, port: 0 });
+  if (fd < 0 || (local && bindTo(fd, local, local.length) !== 0)) {
+    const code = getSystemErrorName(-koffi.errno());
+    if (fd >= 0) closeFile(fd);
+    throw new Error(`cannot bind: ${code}`, { cause: code });
+  }
+  return createSocket(family === 4 ? 'udp4' : 'udp6').bind({ fd });
+}
+
 async function connect(
+  namespace: Namespace,
   peer: Endpoint,
   receive: (bytes: Uint8Array) => void,
   unreachable: () => void,
   from?: Address,
 ): Promise<DatagramClient> {
-  const socket = createSocket({
-    type: peer.address.family === 4 ? 'udp4' : 'udp6',
-    ipv6Only: peer.address.family === 6,
-  });
+  const noRoute = (code: unknown): Error => new Error(`no route to ${formatEndpoint(peer)}: ${code}`, { cause: code });
+  let socket: Socket;
+  try {
+    socket = socketIn(namespace, peer, from);
+  } catch (error) {
+    throw noRoute(error instanceof Error ? error.cause : error);
+  }
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   try {
-    if (from) await bind(socket, { address: from, port: 0 });
     socket.once('error', reject);
     socket.once('connect', () => {
       socket.off('error', reject);
@@ -178,7 +197,7 @@ async function connect(
     await promise;
   } catch (error) {
     socket.close();
-    throw new Error(`no route to ${formatEndpoint(peer)}: ${errorCode(error)}`, { cause: errorCode(error) });
+    throw noRoute(errorCode(error));
   }
   let open = true;
   socket.on('error', () => unreachable());
@@ -200,5 +219,8 @@ async function connect(
   };
 }
 
-/** UDP sockets of this process's namespace. */
-export const udpDatagrams = (): Datagrams => ({ serve, connect });
+/** UDP sockets; servers are of this process's own namespace, clients of the one that is given. */
+export const udpDatagrams = (namespace: Namespace = ownNamespace): Datagrams => ({
+  serve,
+  connect: (...args) => connect(namespace, ...args),
+});

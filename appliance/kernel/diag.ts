@@ -1,4 +1,5 @@
 import { type Address, type Endpoint, readAddress, writeAddress } from '../protocol/address.ts';
+import type { Namespace } from './namespaces.ts';
 import { attribute, attributeEnd, type NetlinkSocket, openNetlink, PROTOCOL, seekAttribute, u32 } from './netlink.ts';
 
 /**
@@ -119,10 +120,11 @@ const LIVE_STATES = ~((1 << STATE.TIME_WAIT) | (1 << STATE.CLOSE) | (1 << STATE.
 type Record = { readonly state: number; readonly local: Endpoint; readonly remote: Endpoint; readonly payload: Buffer };
 
 /** Opens the port. @throws NetlinkError */
-export function openDiag(): Diag {
-  const connections = inTurn(openNetlink(PROTOCOL.SOCK_DIAG));
+export function openDiag(namespace: Namespace): Diag {
+  const open = (): NetlinkSocket => openNetlink(PROTOCOL.SOCK_DIAG, { namespace });
+  const connections = inTurn(open, open());
   // Of their own, because they are asked often, must not wait for the long one, and cost less side by side: one wake-up.
-  const connecting = [AF_INET, AF_INET6].map((family) => ({ family, ...inTurn(null) }));
+  const connecting = [AF_INET, AF_INET6].map((family) => ({ family, ...inTurn(open, null) }));
   let ending: NetlinkSocket | null = null;
   return {
     connections: () => connections.run(read),
@@ -132,7 +134,7 @@ export function openDiag(): Diag {
     },
     async abort({ local, remote }) {
       // Not in turn: what is sent to the peer has to leave before what the caller does next.
-      ending ??= openNetlink(PROTOCOL.SOCK_DIAG);
+      ending ??= open();
       const request = Buffer.alloc(REQUEST_BYTES);
       request[0] = remote.address.family === 4 ? AF_INET : AF_INET6;
       request[1] = IPPROTO_TCP;
@@ -154,7 +156,10 @@ export function openDiag(): Diag {
 }
 
 /** One dump at a time: the kernel answers EBUSY to a second one on the same socket. Null: opened when first needed. */
-function inTurn(opened: NetlinkSocket | null): {
+function inTurn(
+  open: () => NetlinkSocket,
+  opened: NetlinkSocket | null,
+): {
   run<T>(task: (socket: NetlinkSocket) => Promise<T>): Promise<T>;
   close(): void;
 } {
@@ -163,7 +168,7 @@ function inTurn(opened: NetlinkSocket | null): {
   return {
     run(task) {
       const mine = turn.then(() => {
-        socket ??= openNetlink(PROTOCOL.SOCK_DIAG);
+        socket ??= open();
         return task(socket);
       });
       turn = mine.catch(() => undefined);

@@ -1,3 +1,4 @@
+import { type Namespace, ownNamespace } from './namespaces.ts';
 import { attribute, eachAttribute, NetlinkError, type NetlinkSocket, openNetlink, PROTOCOL } from './netlink.ts';
 
 /**
@@ -45,8 +46,8 @@ const TRIES = 10;
 const EMPTY = new Uint8Array(0);
 
 /** Opens a socket for `readMap`. @throws NetlinkError */
-export function openElements(): NetlinkSocket {
-  return openNetlink(PROTOCOL.NETFILTER, { messageBytes: MESSAGE_BYTES });
+export function openElements(namespace: Namespace = ownNamespace): NetlinkSocket {
+  return openNetlink(PROTOCOL.NETFILTER, { namespace, messageBytes: MESSAGE_BYTES });
 }
 
 /**

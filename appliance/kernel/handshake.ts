@@ -1,5 +1,7 @@
 import koffi from 'koffi';
-import { type Endpoint, writeAddress } from '../protocol/address.ts';
+import type { Endpoint } from '../protocol/address.ts';
+import type { Namespace } from './namespaces.ts';
+import { close, connect, getsockopt, openSocket, poll, setsockopt, socketAddress } from './sockets.ts';
 
 /**
  * Whether somebody answers at an endpoint, by an open and a close that carry no byte. Node cannot make an MPTCP socket
@@ -16,11 +18,6 @@ export type Handshake = {
 export type HandshakeResult = 'answered' | 'refused' | 'silent';
 
 /** asm-generic/socket.h, netinet/in.h, linux/mptcp.h, linux/errno.h; the same on amd64 and arm64. */
-const AF_INET = 2;
-const AF_INET6 = 10;
-const SOCK_STREAM = 1;
-const SOCK_NONBLOCK = 0o4000;
-const SOCK_CLOEXEC = 0o2000000;
 const IPPROTO_TCP = 6;
 const IPPROTO_MPTCP = 262;
 const SOL_SOCKET = 1;
@@ -38,25 +35,12 @@ const ECONNRESET = 104;
 /** How often an open handshake is looked at. */
 const LOOK_MS = 20;
 
-const libc = koffi.load(null);
-const socket = libc.func('int socket(int domain, int type, int protocol)');
-const connect = libc.func('int connect(int fd, const uint8_t *address, uint32_t length)');
-const poll = libc.func('int poll(_Inout_ uint8_t *fds, uint64_t count, int timeout)');
-const setsockopt = libc.func('int setsockopt(int fd, int level, int name, const int *value, uint32_t length)');
-const getsockopt = libc.func(
-  'int getsockopt(int fd, int level, int name, _Inout_ uint8_t *value, _Inout_ uint32_t *length)',
-);
-const close = libc.func('int close(int fd)');
-
 /** Handshakes whose packets carry `mark`, so that rules of ours can tell them from the applications'. */
-export function systemHandshake(mark: number): Handshake {
+export function systemHandshake(namespace: Namespace, mark: number): Handshake {
   return {
     async try(remote, protocol, waitMs) {
-      const fd: number = socket(
-        remote.address.family === 4 ? AF_INET : AF_INET6,
-        SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
-        protocol === 'mptcp' ? IPPROTO_MPTCP : IPPROTO_TCP,
-      );
+      const number = protocol === 'mptcp' ? IPPROTO_MPTCP : IPPROTO_TCP;
+      const fd = openSocket(namespace, remote.address.family, 'stream', number);
       if (fd < 0) return 'silent';
       try {
         setsockopt(fd, SOL_SOCKET, SO_MARK, [mark | 0], 4);
@@ -69,16 +53,6 @@ export function systemHandshake(mark: number): Handshake {
       }
     },
   };
-}
-
-/** struct sockaddr_in and sockaddr_in6. */
-function socketAddress({ address, port }: Endpoint): Buffer {
-  const bytes = Buffer.alloc(address.family === 4 ? 16 : 28);
-  bytes.writeUInt16LE(address.family === 4 ? AF_INET : AF_INET6);
-  bytes.writeUInt16BE(port, 2);
-  if (address.family === 4) bytes.writeUInt32BE(Number(address.value), 4);
-  else writeAddress(address, bytes, 8);
-  return bytes;
 }
 
 function option(fd: number, level: number, name: number, bytes: number): Buffer | null {

@@ -1,5 +1,6 @@
 import { Fatal } from '../exit.ts';
 import { type Address, type Endpoint, readAddress } from '../protocol/address.ts';
+import type { Namespace } from './namespaces.ts';
 import {
   attribute,
   integer,
@@ -114,13 +115,14 @@ const EVENT_SERVER_SIDE = 2;
  * Subscribes to events and readies commands. Events arrive in order and may be lost; `events-lost` says so.
  * @throws Fatal (69) naming what the kernel or the container lacks.
  */
-export async function openPathManager(onEvent: (event: PathEvent) => void): Promise<PathManager> {
-  const commands = openNetlink(PROTOCOL.GENERIC);
+export async function openPathManager(namespace: Namespace, onEvent: (event: PathEvent) => void): Promise<PathManager> {
+  const commands = openNetlink(PROTOCOL.GENERIC, { namespace });
   let events: NetlinkSocket | null = null;
   try {
     const { family, group } = await resolveFamily(commands);
     // A socket of its own: answers to commands and floods of events must not crowd each other out.
     events = openNetlink(PROTOCOL.GENERIC, {
+      namespace,
       onNotification: ({ type, payload }) => {
         if (type !== family) return;
         const event = decodeEvent(payload);

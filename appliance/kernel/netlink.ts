@@ -2,6 +2,7 @@ import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { getSystemErrorName } from 'node:util';
 import koffi from 'koffi';
 import { RawNetlinkSocket } from 'netlink/dist/raw.js';
+import { type Namespace, ownNamespace } from './namespaces.ts';
 
 /**
  * Netlink framing (linux/netlink.h) over the package's raw socket. The package's own higher layer is not used: its
@@ -62,6 +63,8 @@ export type NetlinkSocket = {
 };
 
 export type NetlinkOptions = {
+  /** Whose kernel objects are read and changed; this process's own when absent. */
+  readonly namespace?: Namespace;
   readonly onNotification?: (message: Notification) => void;
   /** The kernel had to drop notifications, or the socket failed. */
   readonly onLost?: () => void;
@@ -184,7 +187,7 @@ type Waiting = {
   interrupted: boolean;
 };
 
-/** Opens a socket in this process's network namespace. @throws NetlinkError when the kernel refuses one. */
+/** Opens a socket. @throws NetlinkError when the kernel refuses one. */
 export function openNetlink(protocol: number, options: NetlinkOptions = {}): NetlinkSocket {
   const waiting = new Map<number, Waiting>();
   let sequence = 0;
@@ -192,19 +195,23 @@ export function openNetlink(protocol: number, options: NetlinkOptions = {}): Net
   let expire: NodeJS.Timeout | null = null;
 
   // Port 0 lets the kernel choose: the package's own choice is made from the process id, which is 1 in every container.
-  const socket = opening('opening a netlink socket', () => {
-    const raw = new RawNetlinkSocket(protocol, {
-      localPort: 0,
-      recvBufferSize: 0,
-      sendBufferSize: 0,
-      ...(options.messageBytes === undefined ? {} : { messagePeeking: false, msgBufferSize: options.messageBytes }),
-    });
-    raw.unref();
-    return raw;
-  });
+  const { namespace = ownNamespace } = options;
+  const rowOf = (port: number): SocketRow | null => namespace.within(() => readSocketRow(protocol, port));
+  const socket = opening('opening a netlink socket', () =>
+    namespace.within(() => {
+      const raw = new RawNetlinkSocket(protocol, {
+        localPort: 0,
+        recvBufferSize: 0,
+        sendBufferSize: 0,
+        ...(options.messageBytes === undefined ? {} : { messagePeeking: false, msgBufferSize: options.messageBytes }),
+      });
+      raw.unref();
+      return raw;
+    }),
+  );
   const { port } = socket.address();
-  toughen(protocol, port);
-  const watch = options.onLost === undefined ? null : watchDrops(protocol, port, options.onLost);
+  toughen(rowOf(port));
+  const watch = options.onLost === undefined ? null : watchDrops(() => rowOf(port)?.drops, options.onLost);
 
   function settle(seq: number, code: string | null): void {
     const request = waiting.get(seq);
@@ -331,11 +338,10 @@ export function openNetlink(protocol: number, options: NetlinkOptions = {}): Net
  * EPOLLERR, which libuv reports as an error of its poll handle, upon which the native part of the package throws where
  * nobody can catch it: the process is gone (tests/netns/client.test.ts, docs/kernel-notes.md).
  */
-function toughen(protocol: number, port: number): void {
-  const inode = socketRow(protocol, port)?.inode;
+function toughen(row: SocketRow | null): void {
   const fd = readdirSync('/proc/self/fd').find((name) => {
     try {
-      return readlinkSync(`/proc/self/fd/${name}`) === `socket:[${inode}]`;
+      return readlinkSync(`/proc/self/fd/${name}`) === `socket:[${row?.inode}]`;
     } catch {
       return false;
     }
@@ -349,14 +355,14 @@ function toughen(protocol: number, port: number): void {
 }
 
 /** Looks, soon after something arrived, whether the kernel counted drops meanwhile. */
-function watchDrops(protocol: number, port: number, onLost: () => void): { check(): void; stop(): void } {
+function watchDrops(count: () => number | undefined, onLost: () => void): { check(): void; stop(): void } {
   let drops = 0;
   let timer: NodeJS.Timeout | null = null;
   return {
     check() {
       timer ??= setTimeout(() => {
         timer = null;
-        const now = socketRow(protocol, port)?.drops ?? drops;
+        const now = count() ?? drops;
         if (now === drops) return;
         drops = now;
         onLost();
@@ -368,8 +374,10 @@ function watchDrops(protocol: number, port: number, onLost: () => void): { check
   };
 }
 
+type SocketRow = { readonly drops: number; readonly inode: string };
+
 /** One line of /proc/net/netlink: sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode. */
-function socketRow(protocol: number, port: number): { drops: number; inode: string } | null {
+function readSocketRow(protocol: number, port: number): SocketRow | null {
   for (const line of readFileSync('/proc/net/netlink', 'latin1').split('\n')) {
     const [, eth, pid, , , , , , drops, inode] = line.trim().split(/\s+/);
     if (eth === String(protocol) && pid === String(port) && inode) return { drops: Number(drops), inode };

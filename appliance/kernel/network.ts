@@ -1,4 +1,5 @@
 import { type Address, readAddress, writeAddress } from '../protocol/address.ts';
+import type { Namespace } from './namespaces.ts';
 import { attribute, integer, NetlinkError, openNetlink, PROTOCOL, readAttributes } from './netlink.ts';
 
 /**
@@ -125,9 +126,10 @@ export function newsOf(type: number, payload: Buffer): NetworkNews | null {
  * Listens for changes, of which `onNews` is told one by one, without their content: bursts are the caller's to join.
  * @throws NetlinkError
  */
-export function openNetwork(onNews: (news: NetworkNews) => void): Network {
-  const questions = openNetlink(PROTOCOL.ROUTE);
+export function openNetwork(namespace: Namespace, onNews: (news: NetworkNews) => void): Network {
+  const questions = openNetlink(PROTOCOL.ROUTE, { namespace });
   const events = openNetlink(PROTOCOL.ROUTE, {
+    namespace,
     onNotification: ({ type, payload }) => {
       const news = newsOf(type, payload);
       if (news !== null) onNews(news);

@@ -1,7 +1,8 @@
 import { randomUUID } from 'node:crypto';
 import { execa } from 'execa';
 import { type MapElement, openElements, readMap } from './elements.ts';
-import { NetlinkError, type NetlinkSocket } from './netlink.ts';
+import { type Namespace, ownNamespace } from './namespaces.ts';
+import { NetlinkError } from './netlink.ts';
 
 /**
  * Why a run of nft did not do what it was told. `missing` no such program; `denied` no CAP_NET_ADMIN; `absent` and
@@ -22,7 +23,7 @@ export function remedyOf({ kind, message }: NftFailure): string {
   );
 }
 
-/** nftables of this process's namespace. Runs are serialised, and none throws. */
+/** nftables of one namespace. Runs are serialised, and none throws. */
 export type Nft = {
   /** Runs `commands`, one a line, as one transaction: all of it or nothing. Null when it is committed. */
   run(commands: string): Promise<NftFailure | null>;
@@ -154,8 +155,24 @@ function netlinkFailure(error: unknown): NftFailure {
   return { kind: 'rejected', message };
 }
 
-/** The real one. `program` is looked up in PATH; `open` makes a socket for dumps. */
-export function systemNft(program = 'nft', deadline = DEADLINE_MS, open: () => NetlinkSocket = openElements): Nft {
+export type NftOptions = {
+  /** Whose tables; this process's own when absent. */
+  readonly namespace?: Namespace;
+  /** Looked up in PATH. */
+  readonly program?: string;
+  /** Longest a run may take, ms. */
+  readonly deadline?: number;
+  /** For many short runs: a process stays that starts nft at no cost to this one. It also keeps the namespace alive. */
+  readonly resident?: boolean;
+};
+
+/** The real one. */
+export function systemNft({
+  namespace = ownNamespace,
+  program = 'nft',
+  deadline = DEADLINE_MS,
+  resident = false,
+}: NftOptions = {}): Nft {
   let last: Promise<unknown> = Promise.resolve();
   const serialised = <T>(task: () => Promise<T>): Promise<T> => {
     const run = last.then(task);
@@ -173,9 +190,11 @@ export function systemNft(program = 'nft', deadline = DEADLINE_MS, open: () => N
   // Into a pipe, nft writes 4 kB at a time, and each piece wakes us: that doubled the time a listing of 60,000 takes.
   let buffered: readonly string[] = ['stdbuf', '-o64K'];
   const runLine = async (line: string): Promise<NftFailure | null> => {
-    helper ??= starter(program, deadline, () => {
-      helper = null;
-    });
+    helper ??= namespace.within(() =>
+      starter(program, deadline, () => {
+        helper = null;
+      }),
+    );
     const outcome = await helper.run(line);
     if (!outcome) return { kind: 'unknown', message: `${program} did not end in time, or was killed` };
     const { exitCode, said } = outcome;
@@ -190,7 +209,9 @@ export function systemNft(program = 'nft', deadline = DEADLINE_MS, open: () => N
   };
   const read = async (args: readonly string[], line: (text: string) => void): Promise<NftFailure | null> => {
     const [command = program, ...rest] = [...buffered, program, ...args];
-    const process = execa(command, rest, { ...options, stdin: 'ignore', buffer: { stdout: false } });
+    const process = namespace.within(() =>
+      execa(command, rest, { ...options, stdin: 'ignore', buffer: { stdout: false } }),
+    );
     let tail = '';
     process.stdout.setEncoding('utf8').on('data', (chunk: string) => {
       const parts = (tail + chunk).split('\n');
@@ -207,14 +228,15 @@ export function systemNft(program = 'nft', deadline = DEADLINE_MS, open: () => N
   return {
     run: (commands) =>
       serialised(async () => {
-        if (commands.length <= LONGEST_LINE) return runLine(commands.trim().replaceAll('\n', '; '));
-        return failureOf(await execa(program, ['-f', '-'], { ...options, input: commands }), program);
+        if (resident && commands.length <= LONGEST_LINE) return runLine(commands.trim().replaceAll('\n', '; '));
+        const process = namespace.within(() => execa(program, ['-f', '-'], { ...options, input: commands }));
+        return failureOf(await process, program);
       }),
     list: (args, line) => serialised(() => read(args, line)),
     dump: (table, map, each) =>
       serialised(async () => {
         try {
-          const socket = open();
+          const socket = openElements(namespace);
           try {
             await readMap(socket, table, map, each);
           } finally {

@@ -1,5 +1,6 @@
-import { access, constants, readFile, writeFile } from 'node:fs/promises';
+import { accessSync, constants, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { type Namespace, ownNamespace } from './namespaces.ts';
 
 /** Kernel parameters of one network namespace, by their dotted names (`net.ipv4.ip_forward`). */
 export type Sysctl = {
@@ -26,16 +27,16 @@ const codeOf = (error: unknown): string =>
   error instanceof Error && 'code' in error && typeof error.code === 'string' ? error.code : 'UNKNOWN';
 
 /**
- * Parameters below `root`, `/proc/sys` or a bind mount of it. What is read and written belongs to the namespace of
- * this process, wherever the mount came from (docs/kernel-notes.md).
+ * Parameters below `root`, `/proc/sys` or a bind mount of it. What is read and written belongs to the namespace of the
+ * thread that does it, wherever the mount came from (docs/kernel-notes.md): hence no asynchronous functions.
  */
-export function procSysctl(root: string): Sysctl {
+export function procSysctl(root: string, namespace: Namespace = ownNamespace): Sysctl {
   // Interface names may hold dots; `sysctl` writes those as slashes, and so do we.
   const path = (name: string): string => join(root, ...name.split('.').map((part) => part.replaceAll('/', '.')));
   return {
     async read(name) {
       try {
-        return (await readFile(path(name), 'utf8')).trim();
+        return namespace.within(() => readFileSync(path(name), 'utf8')).trim();
       } catch (error) {
         if (codeOf(error) === 'ENOENT') return null;
         throw error;
@@ -43,16 +44,18 @@ export function procSysctl(root: string): Sysctl {
     },
     async write(name, value) {
       try {
-        await writeFile(path(name), `${value}\n`, { flag: 'r+' });
+        namespace.within(() => writeFileSync(path(name), `${value}\n`, { flag: 'r+' }));
       } catch (error) {
         throw new SysctlError(name, value, codeOf(error));
       }
     },
     async writable(name) {
-      return access(path(name), constants.W_OK).then(
-        () => true,
-        () => false,
-      );
+      try {
+        namespace.within(() => accessSync(path(name), constants.W_OK));
+        return true;
+      } catch {
+        return false;
+      }
     },
   };
 }

@@ -1,4 +1,5 @@
 import { type Address, type Endpoint, sameEndpoint, writeAddress } from '../protocol/address.ts';
+import type { Namespace } from './namespaces.ts';
 import { attribute, NetlinkError, openNetlink, PROTOCOL, readAttributes, u8 } from './netlink.ts';
 
 /**
@@ -31,8 +32,8 @@ const IP = { V4_SRC: 1, V4_DST: 2, V6_SRC: 3, V6_DST: 4 } as const;
 const PROTO = { NUM: 1, SRC_PORT: 2, DST_PORT: 3 } as const;
 
 /** Opens the port. @throws NetlinkError */
-export function openTranslations(): Translations {
-  const socket = openNetlink(PROTOCOL.NETFILTER);
+export function openTranslations(namespace: Namespace): Translations {
+  const socket = openNetlink(PROTOCOL.NETFILTER, { namespace });
   const ask = async (what: string, type: number, flow: Tuple): Promise<Buffer[]> => {
     try {
       return await socket.request(what, type, question(flow));

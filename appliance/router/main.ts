@@ -153,7 +153,7 @@ export async function startRouter(settings: RouterSettings, log: Log): Promise<R
   setFlagsFromString('--optimize-for-size');
   setFlagsFromString('--semi-space-growth-factor=1');
   const sysctl = procSysctl(SYSCTL_ROOT);
-  const nft = systemNft();
+  const nft = systemNft({ resident: true });
   const firewall = systemFirewall(nft, log);
   await checkPorts(settings.ports, sysctl);
   const router = new Router(settings, {

@@ -6,9 +6,8 @@
  * the remains of a killed process from a lab that is alive.
  */
 import { type ChildProcess, execFile, execFileSync, spawn } from 'node:child_process';
-import { closeSync, openSync, readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
-import koffi from 'koffi';
 
 const NAMESPACE_FOLDER = '/run/netns';
 const PREFIX = 'dtlab';
@@ -18,11 +17,6 @@ const DEFAULT_EXEC_DEADLINE_MS = 30_000;
 /** Enough for a full-size segment train, so that GSO packets are not split needlessly; 32 kB at 20 Mbit/s is 13 ms. */
 const SHAPER_BURST = '32kb';
 const OUTPUT_LIMIT_BYTES = 256 * 1024 * 1024;
-/** linux/sched.h */
-const CLONE_NEWNET = 0x40000000;
-
-const setns = koffi.load(null).func('int setns(int fd, int type)');
-
 export type ExecOptions = {
   readonly env?: Readonly<Record<string, string>>;
   readonly input?: string;
@@ -249,25 +243,6 @@ export class Host {
   /** Like exec, but a non-zero exit is a result. Code 124 means that the time (default 30 s) ran out. */
   try(command: readonly string[], options: ExecOptions = {}): Promise<ExecResult> {
     return run(['nsenter', `--net=${this.path}`, '--', ...command], options);
-  }
-
-  /** Runs `task` with this thread in the host's namespace. Sockets that it makes stay there; what it awaits does not. */
-  within<T>(task: () => T): T {
-    const [home, there] = [openSync('/proc/thread-self/ns/net', 'r'), openSync(this.path, 'r')];
-    const enter = (fd: number): void => {
-      if (setns(fd, CLONE_NEWNET) !== 0) throw new Error(`cannot change between this namespace and ${this.name}`);
-    };
-    try {
-      enter(there);
-      try {
-        return task();
-      } finally {
-        enter(home);
-      }
-    } finally {
-      closeSync(home);
-      closeSync(there);
-    }
   }
 
   /** Starts a program in its own process group; it dies with the lab at the latest. */

@@ -9,6 +9,7 @@ import { createInterface } from 'node:readline';
 import type { ConnectionSample, Diag } from '../../appliance/kernel/diag.ts';
 import { openDiag } from '../../appliance/kernel/diag.ts';
 import { openPathManager, type PathEvent, type PathManager } from '../../appliance/kernel/mptcp.ts';
+import { ownNamespace } from '../../appliance/kernel/namespaces.ts';
 import { type Address, type Endpoint, formatEndpoint, parseAddress } from '../../appliance/protocol/address.ts';
 import { waitUntil } from './netns.ts';
 
@@ -153,7 +154,7 @@ export const CASES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = 
 async function kernelBench(server: Endpoint, second: Address): Promise<Bench & { end(): void }> {
   const events: PathEvent[] = [];
   const seen = new Set<PathEvent>();
-  const manager = await openPathManager((event) => events.push(event));
+  const manager = await openPathManager(ownNamespace, (event) => events.push(event));
   const text = server.address.family === 4 ? 'AF_INET' : 'AF_INET6';
   const [host, port] = [formatEndpoint(server).replace(/:\d+$/, '').replace(/[[\]]/g, ''), server.port];
   const program = spawn('python3', [
@@ -181,7 +182,7 @@ for line in sys.stdin:
   };
   return {
     manager,
-    diag: openDiag(),
+    diag: openDiag(ownNamespace),
     events,
     server,
     second,

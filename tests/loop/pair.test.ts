@@ -171,13 +171,12 @@ class Pair {
         mode: 'aggregate',
         minAgeMs: null,
         rescue: false,
+        providers: ['host'],
         sysctlRoot: '/proc/sys',
         ...settings,
       },
       {
         clock: this.clock,
-        datagrams: this.network.host(this.addresses),
-        diag: this.kernel.diag,
         log: this.log,
         lookup: {
           addresses: async (host) => {
@@ -190,11 +189,25 @@ class Pair {
         files: systemFiles(),
         web: systemWeb(),
         schedule: systemSchedule,
-        openNetwork: this.routing.open,
-        openRescue: () => {
-          throw new Error('no rescue here');
-        },
-        openPathManager: this.kernel.openPathManager,
+        ownId: 'own',
+        openPlace: async () => ({
+          id: 'own',
+          ports: {
+            clock: this.clock,
+            datagrams: this.network.host(this.addresses),
+            openDiag: () => this.kernel.diag,
+            log: this.log,
+            openNetwork: this.routing.open,
+            openRescue: () => {
+              throw new Error('no rescue here');
+            },
+            openPathManager: this.kernel.openPathManager,
+          },
+          load: async () => undefined,
+          unload: async () => undefined,
+          close: () => undefined,
+        }),
+        providers: [],
         version: 'test',
       },
     );

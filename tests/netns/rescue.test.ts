@@ -1,6 +1,7 @@
-import { fileURLToPath } from 'node:url';
 import { describe, expect, it } from 'vitest';
 import { renderRedirections } from '../../appliance/client/redirect.ts';
+import { systemHandshake } from '../../appliance/kernel/handshake.ts';
+import { openNamespace } from '../../appliance/kernel/namespaces.ts';
 import { parseEndpoint } from '../../appliance/protocol/address.ts';
 import { call } from '../lab/caller.ts';
 import { type Host, requireRoot, waitUntil } from '../lab/netns.ts';
@@ -235,20 +236,16 @@ describe.runIf(requireRoot('tests of rescue'))('a server that does not answer di
 });
 
 describe.runIf(requireRoot('tests of rescue'))('a handshake', () => {
-  const HANDSHAKE = fileURLToPath(new URL('../../appliance/kernel/handshake.ts', import.meta.url));
-
   it('says who answers, who refuses, and who is silent', async () => {
     await using world = await World.create('rescue');
     await startServer(world.server);
     await startServer(world.server, { port: 5001, transport: 'tcp' });
     await world.client.exec(['ip', 'route', 'add', 'unreachable', '10.99.0.0/24']);
-    const ask = async (to: string, protocol: string): Promise<string> => {
+    const handshake = systemHandshake(await openNamespace(world.client.path), 0xd7000000);
+    const ask = async (to: string, protocol: 'tcp' | 'mptcp'): Promise<string> => {
       const remote = parseEndpoint(to);
-      const program = `
-        import { systemHandshake } from '${HANDSHAKE}';
-        const remote = { address: { family: ${remote?.address.family}, value: ${remote?.address.value}n }, port: ${remote?.port} };
-        console.log(await systemHandshake(0xd7000000).try(remote, '${protocol}', 500));`;
-      return (await world.client.exec([process.execPath, '--input-type=module', '-e', program])).trim();
+      if (!remote) throw new Error(to);
+      return handshake.try(remote, protocol, 500);
     };
     for (const host of [V4, `[${V6}]`]) {
       expect(await ask(`${host}:5000`, 'tcp')).toBe('answered');

@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { openElements } from '../../appliance/kernel/elements.ts';
+import { openNamespace } from '../../appliance/kernel/namespaces.ts';
 import { type Nft, systemNft } from '../../appliance/kernel/nft.ts';
 import { type Host, Lab, requireRoot } from '../lab/netns.ts';
 import { nftCases } from '../lab/nft-cases.ts';
@@ -13,9 +14,8 @@ const folder = mkdtempSync(join(tmpdir(), 'detour-nft-'));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 /** nft, and sockets, of another network namespace. */
-function nftOf(host: Host): Nft {
-  const nsenter = program(host.name, `exec nsenter --net=${host.path} nft "$@"`);
-  return systemNft(nsenter, undefined, () => host.within(openElements));
+async function nftOf(host: Host): Promise<Nft> {
+  return systemNft({ namespace: await openNamespace(host.path), resident: true });
 }
 
 /** Puts a map of `count` leases there. */
@@ -53,14 +53,14 @@ describe.runIf(requireRoot('tests of nftables'))('nftables, the real one', () =>
   afterAll(async () => lab?.[Symbol.asyncDispose]());
   nftCases(async () => {
     const host = await lab.host(`h${count++}`);
-    return { nft: nftOf(host), elapse: (ms) => delay(ms) };
+    return { nft: await nftOf(host), elapse: (ms) => delay(ms) };
   });
 
   it('reads a map again when the ruleset changes while it is read', async () => {
     const host = await lab.host('changing');
     await fill(host, 20_000);
     const seen = new Map<string, number>();
-    const failure = await nftOf(host).dump('detour', 'leases4', ({ key }) => {
+    const failure = await (await nftOf(host)).dump('detour', 'leases4', ({ key }) => {
       const text = Buffer.from(key).toString('hex');
       seen.set(text, (seen.get(text) ?? 0) + 1);
       if (seen.size === 1) interfere(host, 'other');
@@ -75,7 +75,7 @@ describe.runIf(requireRoot('tests of nftables'))('nftables, the real one', () =>
     const host = await lab.host('chains');
     const chains = Array.from({ length: 1_000 }, (_, n) => `add chain inet detour c${n}\n`);
     await host.nft(`add table inet detour\n${chains.join('')}`);
-    const socket = host.within(openElements);
+    const socket = openElements(await openNamespace(host.path));
     let count = 0;
     // NFT_MSG_GETCHAIN of all families; the first record stands for more to come.
     const dump = socket.dump('listing chains', (10 << 8) | 4, Buffer.alloc(4), () => {
@@ -91,7 +91,7 @@ describe.runIf(requireRoot('tests of nftables'))('nftables, the real one', () =>
     const host = await lab.host('restless');
     await fill(host, 5_000);
     let count = 0;
-    const failure = await nftOf(host).dump('detour', 'leases4', () => {
+    const failure = await (await nftOf(host)).dump('detour', 'leases4', () => {
       if (count % 5_000 === 0) interfere(host, `t${count}`);
       count += 1;
     });
@@ -126,7 +126,9 @@ describe('an nft that fails', () => {
       'exists',
     ],
   ])('%s: says so, for short texts and for long ones', async (_what, path, kind) => {
-    const nft = systemNft(path, 500);
+    for (const resident of [true, false])
+      expect(await systemNft({ program: path, deadline: 500, resident }).run(text)).toMatchObject({ kind });
+    const nft = systemNft({ program: path, deadline: 500, resident: true });
     expect(await nft.run(text)).toMatchObject({ kind });
     expect(await nft.run(long)).toMatchObject({ kind });
     expect(await nft.run(text)).toMatchObject({ kind });
@@ -136,17 +138,15 @@ describe('an nft that fails', () => {
 
   it('is started again after it was killed, and works then', async () => {
     const once = join(folder, 'once');
-    const nft = systemNft(
-      program('recovers', `if [ -e ${once} ]; then cat > /dev/null; else touch ${once}; exec sleep 60; fi`),
-      500,
-    );
+    const recovers = `if [ -e ${once} ]; then cat > /dev/null; else touch ${once}; exec sleep 60; fi`;
+    const nft = systemNft({ program: program('recovers', recovers), deadline: 500, resident: true });
     expect(await nft.run(text)).toMatchObject({ kind: 'unknown' });
     expect(await nft.run(text)).toBeNull();
   });
 
   it('gets a transaction as one line', async () => {
     const seen = join(folder, 'seen');
-    const nft = systemNft(program('records', `cat >> ${seen}`), 2_000);
+    const nft = systemNft({ program: program('records', `cat >> ${seen}`), deadline: 2_000, resident: true });
     expect(await nft.run('one\ntwo\n')).toBeNull();
     expect(readFileSync(seen, 'utf8')).toBe('one; two\n');
   });
