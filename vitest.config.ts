@@ -7,7 +7,7 @@ export default defineConfig({
       ring('unit', { testTimeout: 60_000 }),
       ring('loop', { testTimeout: 60_000 }),
       // Namespaces and containers share one kernel and two cores: files one after the other, so that timings mean something.
-      // A machine that others use too may still stall one of them: it gets a second attempt, and suite.ts names it.
+      // A machine that others use too may still stall one of them: it gets a second attempt, then its file one more run (suite.ts).
       ring('netns', { testTimeout: 120_000, hookTimeout: 60_000, fileParallelism: false, retry: 1 }),
       ring('containers', { testTimeout: 300_000, hookTimeout: 180_000, fileParallelism: false, retry: 1 }),
     ],

@@ -2,8 +2,8 @@ import { mkdirSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import type { Reporter, SerializedError, TestCase, TestModule } from 'vitest/node';
 
-/** What suite.ts needs to know of one ring. */
-export type Report = {
+/** What suite.ts needs to know of one file of tests. */
+export type FileReport = {
   passed: number;
   failed: number;
   skipped: number;
@@ -13,37 +13,56 @@ export type Report = {
   flaky: { name: string; why: string }[];
 };
 
+/** Of one ring, by file; `''` stands for what belongs to none. */
+export type Report = Record<string, FileReport>;
+
+export const emptyReport = (): FileReport => ({ passed: 0, failed: 0, skipped: 0, failures: [], flaky: [] });
+
 /** Writes `out/tests/RING.json` for suite.ts. The ring is $TEST_RING, for a reporter is told of projects only as they run. */
 export default class RingReporter implements Reporter {
-  readonly #report: Report = { passed: 0, failed: 0, skipped: 0, failures: [], flaky: [] };
+  readonly #report: Report = {};
 
   onTestCaseResult(test: TestCase): void {
     const { state, errors } = test.result();
-    const seen = { name: `${test.module.relativeModuleId} > ${test.fullName}`, why: firstLines(errors ?? []) };
+    const file = test.module.relativeModuleId;
+    const counts = this.#of(file);
+    const seen = { name: `${file} > ${test.fullName}`, why: firstLines(errors ?? []) };
     if (state === 'passed') {
-      this.#report.passed += 1;
-      if (test.diagnostic()?.flaky) this.#report.flaky.push(seen);
+      counts.passed += 1;
+      if (test.diagnostic()?.flaky) counts.flaky.push(seen);
     } else if (state === 'failed') {
-      this.#report.failed += 1;
-      this.#report.failures.push(seen);
-    } else this.#report.skipped += 1;
+      counts.failed += 1;
+      counts.failures.push(seen);
+    } else counts.skipped += 1;
   }
 
   /** Failures outside of any test: files that cannot be loaded, hooks, rejections that nobody handles. */
   onTestRunEnd(modules: readonly TestModule[], unhandled: readonly SerializedError[]): void {
     for (const module of modules) {
       const errors = [...module.errors(), ...[...module.children.allSuites()].flatMap((suite) => suite.errors())];
-      if (errors.length > 0) this.#add(module.relativeModuleId, errors);
+      if (errors.length > 0) this.#add(module.relativeModuleId, module.relativeModuleId, errors);
     }
-    if (unhandled.length > 0) this.#add('outside of any test', unhandled);
+    for (const error of unhandled) {
+      // Vitest notes in which file something went wrong that no test waited for.
+      const path = typeof error['VITEST_TEST_PATH'] === 'string' ? error['VITEST_TEST_PATH'] : '';
+      const file = modules.find(({ moduleId }) => moduleId === path)?.relativeModuleId ?? '';
+      this.#add(file, `${file === '' ? '' : `${file} > `}outside of any test`, [error]);
+    }
     const file = join(import.meta.dirname, '../../out/tests', `${process.env['TEST_RING'] ?? 'tests'}.json`);
     mkdirSync(dirname(file), { recursive: true });
     writeFileSync(file, JSON.stringify(this.#report, null, 2));
   }
 
-  #add(name: string, errors: readonly { message?: string | undefined }[]): void {
-    this.#report.failed += 1;
-    this.#report.failures.push({ name, why: firstLines(errors) });
+  #of(file: string): FileReport {
+    const counts = this.#report[file] ?? emptyReport();
+    this.#report[file] = counts;
+    return counts;
+  }
+
+  #add(file: string, name: string, errors: readonly { message?: string | undefined }[]): void {
+    const counts = this.#of(file);
+    counts.failed += 1;
+    counts.failures.push({ name, why: firstLines(errors) });
   }
 }
 
