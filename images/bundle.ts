@@ -29,6 +29,9 @@ type Arch = keyof typeof NPM_CPU;
 
 const root = join(import.meta.dirname, '..');
 
+/** See absent.cjs. */
+const ABSENT = ['@grpc/grpc-js', '@grpc/proto-loader', 'ssh2'] as const;
+
 /** Output of a git command in this tree, or null: a source archive has no git. */
 function git(...args: string[]): string | null {
   try {
@@ -68,6 +71,7 @@ async function bundle(): Promise<void> {
     minify: false,
     // They find their native parts relative to their own folders, so they stay packages beside the bundle.
     external: ['netlink', 'koffi'],
+    alias: Object.fromEntries(ABSENT.map((name) => [name, join(root, 'images/absent.cjs')])),
     define: {
       DETOUR_BUILD_VERSION: JSON.stringify(packageJson(root).version),
       DETOUR_BUILD_REVISION: JSON.stringify(revision()),
