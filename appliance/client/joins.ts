@@ -407,6 +407,6 @@ export function ask(state: State, connection: Connection, path: Path, out: Comma
 }
 
 export function destroy(connection: Connection, { local, remote }: Tuple, out: Command[]): void {
-  connection.leaving.add(formatEndpoint(local));
+  connection.leaving = new Set(connection.leaving).add(formatEndpoint(local));
   out.push({ kind: 'destroy-subflow', token: connection.token, local, remote });
 }

@@ -194,7 +194,9 @@ function onSubflowEstablished(state: State, event: SubflowEvent, now: number, ou
 function onSubflowClosed(state: State, event: SubflowEvent, now: number, out: Command[]): void {
   const connection = state.connections.get(event.token);
   if (!connection) return;
-  const ours = connection.leaving.delete(formatEndpoint(event.local));
+  const local = formatEndpoint(event.local);
+  const ours = connection.leaving.has(local);
+  if (ours) connection.leaving = new Set([...connection.leaving].filter((one) => one !== local));
   connection.stranded = connection.stranded.filter((tuple) => !sameTuple(tuple, event));
   const path = pathOf(connection, event);
   // One that never got its answer before its address was lost; the path waits for another one.

@@ -86,7 +86,7 @@ export function onAnnounced(
   if (at.address.family !== connection.remote.address.family || text === connection.server) return false;
   if (!mayBeServer(state.rules, at) || state.present.has(`${at.address.family}:${at.address.value}`)) return false;
   if ([...connection.announced.values()].some((other) => formatEndpoint(other) === text)) return false;
-  connection.announced.set(remoteId, at);
+  connection.announced = new Map(connection.announced).set(remoteId, at);
   return true;
 }
 
@@ -96,7 +96,7 @@ const announcedKey = (at: Endpoint): string => `announced@${formatEndpoint(at)}`
 export function onRemoved(connection: Connection, remoteId: number): Path | undefined {
   const at = connection.announced.get(remoteId);
   if (!at) return undefined;
-  connection.announced.delete(remoteId);
+  connection.announced = new Map([...connection.announced].filter(([id]) => id !== remoteId));
   return connection.paths.find(({ kind, detour }) => kind === 'spare' && detour === announcedKey(at));
 }
 

@@ -1,6 +1,15 @@
 import { type Address, type Endpoint, readAddress, writeAddress } from '../protocol/address.ts';
 import type { Namespace } from './namespaces.ts';
-import { attribute, attributeEnd, type NetlinkSocket, openNetlink, PROTOCOL, seekAttribute, u32 } from './netlink.ts';
+import {
+  address4,
+  attribute,
+  attributeEnd,
+  type NetlinkSocket,
+  openNetlink,
+  PROTOCOL,
+  seekAttribute,
+  u32,
+} from './netlink.ts';
 
 /**
  * MPTCP connections and their subflows as the kernel counts them (NETLINK_SOCK_DIAG). Offsets and numbers:
@@ -243,20 +252,8 @@ function dump(
   });
 }
 
-/** Hosts have few addresses and connections many: records share them. Bounded, because servers may be many, too. */
-const known4 = new Map<number, Address>();
-const MOST_KNOWN = 4_096;
-
 function socketAddress(bytes: Buffer, at: number): Address {
-  if (bytes[0] !== AF_INET) return readAddress(bytes, at);
-  const value = bytes.readUInt32BE(at);
-  let address = known4.get(value);
-  if (!address) {
-    if (known4.size >= MOST_KNOWN) known4.clear();
-    address = { family: 4, value: BigInt(value) };
-    known4.set(value, address);
-  }
-  return address;
+  return bytes[0] === AF_INET ? address4(bytes.readUInt32BE(at)) : readAddress(bytes, at);
 }
 
 function writeSocketAddress({ family, value }: Address, bytes: Buffer, at: number): void {

@@ -2,6 +2,7 @@ import { Fatal } from '../exit.ts';
 import { type Address, type Endpoint, readAddress } from '../protocol/address.ts';
 import type { Namespace } from './namespaces.ts';
 import {
+  address4,
   attribute,
   integer,
   NetlinkError,
@@ -309,7 +310,7 @@ function eventEndpoint(
   if (portBytes?.length !== 2 && !portOptional) return null;
   // Ports in events are big-endian; an ANNOUNCED without a port means the connection's own.
   const number = portBytes?.length === 2 ? portBytes.readUInt16BE() : 0;
-  if (four?.length === 4) return { address: { family: 4, value: BigInt(four.readUInt32BE()) }, port: number };
+  if (four?.length === 4) return { address: address4(four.readUInt32BE()), port: number };
   if (six?.length === 16) return { address: readAddress(six), port: number };
   return null;
 }

@@ -2,6 +2,7 @@ import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { getSystemErrorName } from 'node:util';
 import koffi from 'koffi';
 import { RawNetlinkSocket } from 'netlink/dist/raw.js';
+import type { Address } from '../protocol/address.ts';
 import { type Namespace, ownNamespace } from './namespaces.ts';
 
 /**
@@ -174,6 +175,21 @@ export function integer(bytes: Buffer | undefined): number | null {
     default:
       return null;
   }
+}
+
+/** Hosts have few addresses and connections many: they share them. Bounded, because servers may be many, too. */
+const known4 = new Map<number, Address>();
+const MOST_KNOWN = 4_096;
+
+/** An IPv4 address as the number that its bytes make in network order. */
+export function address4(value: number): Address {
+  let address = known4.get(value);
+  if (!address) {
+    if (known4.size >= MOST_KNOWN) known4.clear();
+    address = { family: 4, value: BigInt(value) };
+    known4.set(value, address);
+  }
+  return address;
 }
 
 const align = (length: number): number => (length + 3) & ~3;
