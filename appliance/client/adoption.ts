@@ -52,6 +52,7 @@ export function connect(state: State, token: number, tuple: Tuple, now: number):
     leases: new Set(),
     book: null,
     restUntil: now,
+    dumped: null,
     prefix: prefixOf(tuple.remote.address),
     revival: null,
     unanswered: [],
@@ -101,9 +102,12 @@ export function onDump(
   for (const one of dumped) {
     if (!one.initiated || isQuestion(state, one.remote)) continue;
     const known = state.connections.get(one.token);
+    // Nothing moved since it was looked at: of many connections, most.
+    if (known?.dumped === one && known.book?.idle && now < known.restUntil) continue;
     const connection = known ?? connect(state, one.token, one, now);
     if (!connection) return;
     if (!known) onFound(state, connection, out);
+    connection.dumped = one;
     if (connection.doubtedAt !== null && connection.doubtedAt < askedAt && connection.unmanaged === null) {
       connection.unmanaged = "the kernel's own path manager has this connection (it is older than the agent)";
       drop(state, connection, now, out);

@@ -353,6 +353,8 @@ export type Connection = {
   book: Book | null;
   /** While it carries nothing and nothing is to be mended, its paths need not be thought about before this. */
   restUntil: number;
+  /** What the kernel said of it last. */
+  dumped: DumpedConnection | null;
   /** `prefixOf` the server. */
   readonly prefix: string;
   /** While the direct path is silent: how often a fresh one was tried, when the next is due, and whether

@@ -1,4 +1,4 @@
-import { type Address, type Endpoint, readAddress, writeAddress } from '../protocol/address.ts';
+import { type Address, type Endpoint, readAddress, sameAddress, writeAddress } from '../protocol/address.ts';
 import type { Namespace } from './namespaces.ts';
 import {
   address4,
@@ -58,8 +58,8 @@ export type ConnectingSample = Pick<ConnectionSample, 'token' | 'local' | 'remot
 
 export type Diag = {
   /**
-   * Every live MPTCP connection of this namespace; those that fell back to TCP are no longer any. Costs a walk over
-   * all TCP sockets when there is at least one.
+   * Every live MPTCP connection of this namespace; those that fell back to TCP are no longer any. One of which nothing changed
+   * since the last reading is the same object. Costs a walk over all TCP sockets when there is at least one.
    * @throws NetlinkError
    */
   connections(): Promise<ConnectionSample[]>;
@@ -91,6 +91,7 @@ const REQUEST_PROTOCOL = 3;
 
 /** struct inet_diag_msg: family, state, timer, retrans, then struct inet_diag_sockid. */
 const MESSAGE_BYTES = 72;
+const STATE_AT = 1;
 const MESSAGE_ID_AT = 4;
 const SPORT_AT = 4;
 const DPORT_AT = 6;
@@ -126,12 +127,11 @@ const MPTCP_INFO_FALLBACK = 1;
 const STATE = { ESTABLISHED: 1, SYN_SENT: 2, TIME_WAIT: 6, CLOSE: 7, LISTEN: 10, NEW_SYN_RECV: 12 } as const;
 const LIVE_STATES = ~((1 << STATE.TIME_WAIT) | (1 << STATE.CLOSE) | (1 << STATE.LISTEN) | (1 << STATE.NEW_SYN_RECV));
 
-type Record = { readonly state: number; readonly local: Endpoint; readonly remote: Endpoint; readonly payload: Buffer };
-
 /** Opens the port. @throws NetlinkError */
 export function openDiag(namespace: Namespace): Diag {
   const open = (): NetlinkSocket => openNetlink(PROTOCOL.SOCK_DIAG, { namespace });
   const connections = inTurn(open, open());
+  const read = reader();
   // Of their own, because they are asked often, must not wait for the long one, and cost less side by side: one wake-up.
   const connecting = [AF_INET, AF_INET6].map((family) => ({ family, ...inTurn(open, null) }));
   let ending: NetlinkSocket | null = null;
@@ -189,9 +189,9 @@ function inTurn(
 
 async function readConnecting(socket: NetlinkSocket, family: number): Promise<ConnectingSample[]> {
   const found: ConnectingSample[] = [];
-  await dump(socket, family, IPPROTO_MPTCP, 1 << STATE.SYN_SENT, ({ local, remote, payload }) => {
+  await dump(socket, family, IPPROTO_MPTCP, 1 << STATE.SYN_SENT, (payload) => {
     const token = tokenOf(payload);
-    if (token !== null) found.push({ token, local, remote });
+    if (token !== null) found.push({ token, ...endsOf(payload) });
   });
   return found;
 }
@@ -204,27 +204,71 @@ function tokenOf(payload: Buffer): number | null {
   return payload.readUInt32LE(info + MPTCP_INFO.TOKEN) || null;
 }
 
-async function read(socket: NetlinkSocket): Promise<ConnectionSample[]> {
-  const found = new Map<number, { local: Endpoint; remote: Endpoint; subflows: SubflowSample[] }>();
-  for (const family of [AF_INET, AF_INET6]) {
-    await dump(socket, family, IPPROTO_MPTCP, LIVE_STATES, ({ local, remote, payload }) => {
-      const token = tokenOf(payload);
-      if (token !== null) found.set(token, { local, remote, subflows: [] });
-    });
-  }
-  if (found.size > 0) {
+/** One connection as it was read last. */
+type Entry = {
+  sample: ConnectionSample;
+  /** The reading that it was seen in, and how many of its subflows that has handed over. */
+  reading: number;
+  seen: number;
+  /** Its subflows in this reading; null as long as they are what they were in the last one. */
+  changed: SubflowSample[] | null;
+};
+
+/**
+ * Readings that share what did not change: ten thousand idle connections would otherwise be ten thousand new objects every few seconds,
+ * and sweeping those up cost more than anything else the agent did (8 % of a core).
+ */
+function reader(): (socket: NetlinkSocket) => Promise<ConnectionSample[]> {
+  const entries = new Map<number, Entry>();
+  let reading = 0;
+  return async (socket) => {
+    reading++;
     for (const family of [AF_INET, AF_INET6]) {
-      await dump(socket, family, IPPROTO_TCP, LIVE_STATES, (record) => {
-        const sample = subflow(record);
-        if (sample) found.get(sample.token)?.subflows.push(sample.subflow);
+      await dump(socket, family, IPPROTO_MPTCP, LIVE_STATES, (payload) => {
+        const token = tokenOf(payload);
+        if (token === null) return;
+        let entry = entries.get(token);
+        if (!entry || !isAt(payload, entry.sample)) {
+          const sample = { token, ...endsOf(payload), initiated: false, subflows: [] };
+          entry = { sample, reading, seen: 0, changed: null };
+          entries.set(token, entry);
+        }
+        entry.reading = reading;
+        entry.seen = 0;
+        entry.changed = null;
       });
     }
-  }
-  return [...found].map(([token, { local, remote, subflows }]) => {
+    for (const [token, entry] of entries) if (entry.reading !== reading) entries.delete(token);
+    if (entries.size > 0) {
+      for (const family of [AF_INET, AF_INET6])
+        await dump(socket, family, IPPROTO_TCP, LIVE_STATES, (payload) => take(entries, payload));
+    }
+    return [...entries.values()].map(complete);
+  };
+}
+
+/** Takes in one TCP socket, if it is a subflow. */
+function take(entries: ReadonlyMap<number, Entry>, payload: Buffer): void {
+  const found = locate(payload);
+  const entry = found && entries.get(found.token);
+  if (!found || !entry) return;
+  const before = entry.sample.subflows[entry.seen];
+  const same = before !== undefined && isUnchanged(payload, found, before);
+  if (!same) entry.changed ??= entry.sample.subflows.slice(0, entry.seen);
+  entry.changed?.push(same ? before : readSubflow(payload, found));
+  entry.seen++;
+}
+
+/** The connection when all of its subflows were handed over. */
+function complete(entry: Entry): ConnectionSample {
+  const { sample, seen } = entry;
+  const subflows = entry.changed ?? (seen < sample.subflows.length ? sample.subflows.slice(0, seen) : null);
+  if (subflows) {
     const first = subflows.find(({ joined }) => !joined);
     const initiated = first ? first.initiated : subflows.some((one) => one.initiated);
-    return { token, local, remote, initiated, subflows };
-  });
+    entry.sample = { ...sample, initiated, subflows };
+  }
+  return entry.sample;
 }
 
 function dump(
@@ -232,7 +276,7 @@ function dump(
   family: number,
   protocol: number,
   states: number,
-  each: (record: Record) => void,
+  each: (record: Buffer) => void,
 ): Promise<void> {
   const request = Buffer.alloc(REQUEST_BYTES);
   request[0] = family;
@@ -242,15 +286,21 @@ function dump(
   request.writeInt32LE(states, REQUEST_STATES_AT);
   const payload = Buffer.concat([request, attribute(REQUEST_PROTOCOL, u32(protocol))]);
   return socket.dump('listing sockets', SOCK_DIAG_BY_FAMILY, payload, (bytes) => {
-    if (bytes.length < MESSAGE_BYTES) return;
-    each({
-      state: bytes.readUInt8(1),
-      local: { address: socketAddress(bytes, SOURCE_AT), port: bytes.readUInt16BE(SPORT_AT) },
-      remote: { address: socketAddress(bytes, DESTINATION_AT), port: bytes.readUInt16BE(DPORT_AT) },
-      payload: bytes,
-    });
+    if (bytes.length >= MESSAGE_BYTES) each(bytes);
   });
 }
+
+const endsOf = (bytes: Buffer): { local: Endpoint; remote: Endpoint } => ({
+  local: { address: socketAddress(bytes, SOURCE_AT), port: bytes.readUInt16BE(SPORT_AT) },
+  remote: { address: socketAddress(bytes, DESTINATION_AT), port: bytes.readUInt16BE(DPORT_AT) },
+});
+
+/** Whether a record has these ends. */
+const isAt = (bytes: Buffer, { local, remote }: { local: Endpoint; remote: Endpoint }): boolean =>
+  bytes.readUInt16BE(SPORT_AT) === local.port &&
+  bytes.readUInt16BE(DPORT_AT) === remote.port &&
+  sameAddress(socketAddress(bytes, SOURCE_AT), local.address) &&
+  sameAddress(socketAddress(bytes, DESTINATION_AT), remote.address);
 
 function socketAddress(bytes: Buffer, at: number): Address {
   return bytes[0] === AF_INET ? address4(bytes.readUInt32BE(at)) : readAddress(bytes, at);
@@ -261,7 +311,11 @@ function writeSocketAddress({ family, value }: Address, bytes: Buffer, at: numbe
   else writeAddress({ family, value }, bytes, at);
 }
 
-function subflow({ state, local, remote, payload }: Record): { token: number; subflow: SubflowSample } | null {
+/** Where the parts of a record of a subflow begin. */
+type Located = { readonly token: number; readonly flags: number; readonly info: number; readonly localId: number };
+
+/** Null for a TCP socket that is no subflow. */
+function locate(payload: Buffer): Located | null {
   const end = payload.length;
   const info = seekAttribute(payload, MESSAGE_BYTES, end, ATTRIBUTE_INFO);
   const ulp = seekAttribute(payload, MESSAGE_BYTES, end, ATTRIBUTE_ULP_INFO);
@@ -274,27 +328,48 @@ function subflow({ state, local, remote, payload }: Record): { token: number; su
   };
   const token = detail(SUBFLOW.TOKEN_LOC);
   const flags = detail(SUBFLOW.FLAGS);
-  if (token === null || flags === null) return null;
+  return token === null || flags === null ? null : { token, flags, info, localId: detail(SUBFLOW.ID_LOC) ?? 0 };
+}
+
+function readSubflow(payload: Buffer, { flags, info, localId }: Located): SubflowSample {
   const has = (flag: number): boolean => (flags & flag) !== 0;
   const short = (at: number): number => payload.readUInt32LE(info + at);
   const long = (at: number): number => short(at) + short(at + 4) * 2 ** 32;
   return {
-    token,
-    subflow: {
-      local,
-      remote,
-      localId: detail(SUBFLOW.ID_LOC) ?? 0,
-      joined: has(SUBFLOW_FLAG.JOIN_LOC) || has(SUBFLOW_FLAG.JOIN_REM),
-      initiated: has(SUBFLOW_FLAG.MCAP_LOC) || has(SUBFLOW_FLAG.JOIN_LOC),
-      established: state === STATE.ESTABLISHED,
-      backup: has(SUBFLOW_FLAG.BKUP_LOC) || has(SUBFLOW_FLAG.BKUP_REM),
-      rttMs: short(TCP_INFO.RTT) / 1000,
-      retransmits: short(TCP_INFO.TOTAL_RETRANS),
-      timeouts: payload.readUInt8(info + TCP_INFO.RETRANSMITS),
-      unacked: short(TCP_INFO.UNACKED),
-      busyMs: (long(TCP_INFO.BUSY_TIME) - long(TCP_INFO.RWND_LIMITED)) / 1000,
-      bytesAcked: long(TCP_INFO.BYTES_ACKED),
-      bytesReceived: long(TCP_INFO.BYTES_RECEIVED),
-    },
+    ...endsOf(payload),
+    localId,
+    joined: has(SUBFLOW_FLAG.JOIN_LOC) || has(SUBFLOW_FLAG.JOIN_REM),
+    initiated: has(SUBFLOW_FLAG.MCAP_LOC) || has(SUBFLOW_FLAG.JOIN_LOC),
+    established: payload[STATE_AT] === STATE.ESTABLISHED,
+    backup: has(SUBFLOW_FLAG.BKUP_LOC) || has(SUBFLOW_FLAG.BKUP_REM),
+    rttMs: short(TCP_INFO.RTT) / 1000,
+    retransmits: short(TCP_INFO.TOTAL_RETRANS),
+    timeouts: payload.readUInt8(info + TCP_INFO.RETRANSMITS),
+    unacked: short(TCP_INFO.UNACKED),
+    busyMs: (long(TCP_INFO.BUSY_TIME) - long(TCP_INFO.RWND_LIMITED)) / 1000,
+    bytesAcked: long(TCP_INFO.BYTES_ACKED),
+    bytesReceived: long(TCP_INFO.BYTES_RECEIVED),
   };
+}
+
+/** Whether reading a record would give what is known; as `readSubflow`, field by field, but makes nothing. */
+function isUnchanged(payload: Buffer, { flags, info, localId }: Located, known: SubflowSample): boolean {
+  const has = (flag: number): boolean => (flags & flag) !== 0;
+  const short = (at: number): number => payload.readUInt32LE(info + at);
+  const long = (at: number): number => short(at) + short(at + 4) * 2 ** 32;
+  return (
+    long(TCP_INFO.BYTES_ACKED) === known.bytesAcked &&
+    long(TCP_INFO.BYTES_RECEIVED) === known.bytesReceived &&
+    short(TCP_INFO.UNACKED) === known.unacked &&
+    short(TCP_INFO.RTT) / 1000 === known.rttMs &&
+    short(TCP_INFO.TOTAL_RETRANS) === known.retransmits &&
+    payload.readUInt8(info + TCP_INFO.RETRANSMITS) === known.timeouts &&
+    (long(TCP_INFO.BUSY_TIME) - long(TCP_INFO.RWND_LIMITED)) / 1000 === known.busyMs &&
+    (payload[STATE_AT] === STATE.ESTABLISHED) === known.established &&
+    (has(SUBFLOW_FLAG.BKUP_LOC) || has(SUBFLOW_FLAG.BKUP_REM)) === known.backup &&
+    (has(SUBFLOW_FLAG.JOIN_LOC) || has(SUBFLOW_FLAG.JOIN_REM)) === known.joined &&
+    (has(SUBFLOW_FLAG.MCAP_LOC) || has(SUBFLOW_FLAG.JOIN_LOC)) === known.initiated &&
+    localId === known.localId &&
+    isAt(payload, known)
+  );
 }

@@ -1,3 +1,4 @@
+import { isDeepStrictEqual } from 'node:util';
 import type { ConnectionSample, Diag, SubflowSample } from '../../appliance/kernel/diag.ts';
 import type { PathEvent, PathManager, Subflow, SubflowRequest } from '../../appliance/kernel/mptcp.ts';
 import { NetlinkError } from '../../appliance/kernel/netlink.ts';
@@ -18,6 +19,7 @@ type Flow = Subflow & {
   readonly joined: boolean;
   state: 'syn-sent' | 'established';
   timeouts: number;
+  acked: number;
 };
 
 type Connection = Subflow & {
@@ -48,6 +50,7 @@ export class FakeKernel {
   #deaf = false;
   readonly #clock: FakeClock;
   readonly #connections = new Map<number, Connection>();
+  readonly #samples = new Map<number, ConnectionSample>();
   #listener: (event: PathEvent) => void = () => undefined;
   #nextToken = 1;
   #nextPort = 50_000;
@@ -80,7 +83,7 @@ export class FakeKernel {
 
   get diag(): Diag {
     return {
-      connections: async () => [...this.#connections.values()].map(sampleOf),
+      connections: async () => [...this.#connections.values()].map((connection) => this.#share(sampleOf(connection))),
       connecting: async () => [],
       abort: async ({ local, remote }) => {
         for (const connection of this.#connections.values()) {
@@ -95,6 +98,14 @@ export class FakeKernel {
     };
   }
 
+  /** What did not change since the last reading is the same object. */
+  #share(sample: ConnectionSample): ConnectionSample {
+    const before = this.#samples.get(sample.token);
+    if (before && isDeepStrictEqual(before, sample)) return before;
+    this.#samples.set(sample.token, sample);
+    return sample;
+  }
+
   /** An application connects. */
   open(local: Endpoint, remote: Endpoint, opening: Opening = {}): number {
     const token = this.#nextToken++;
@@ -107,7 +118,7 @@ export class FakeKernel {
       kernelManaged: opening.kernelManaged ?? false,
       established: false,
       ids: new Map(),
-      flows: [{ local, remote, localId: 0, joined: false, state: 'established', timeouts: 0 }],
+      flows: [{ local, remote, localId: 0, joined: false, state: 'established', timeouts: 0, acked: 0 }],
     };
     this.#connections.set(token, connection);
     this.#tell({ kind: 'created', ...facts(connection) });
@@ -118,8 +129,15 @@ export class FakeKernel {
   establish(token: number): void {
     const connection = this.#connections.get(token);
     if (!connection) throw new Error(`no connection ${token}`);
+    this.send(token);
     connection.established = true;
     this.#tell({ kind: 'established', ...facts(connection) });
+  }
+
+  /** A byte on its first subflow is acknowledged. */
+  send(token: number): void {
+    const first = this.#connections.get(token)?.flows[0];
+    if (first) first.acked++;
   }
 
   /** The application closes; as the kernel does, without a word about each subflow. */
@@ -183,6 +201,7 @@ export class FakeKernel {
       joined: true,
       state: 'syn-sent',
       timeouts: 0,
+      acked: 0,
     };
     connection.flows.push(flow);
     const reached = this.way(flow.local, flow.remote);
@@ -243,7 +262,7 @@ function sampleOf({ token, local, remote, serverSide, flows }: Connection): Conn
       timeouts: flow.timeouts,
       unacked: flow.timeouts > 0 ? 1 : 0,
       busyMs: 0,
-      bytesAcked: 0,
+      bytesAcked: flow.acked,
       bytesReceived: 0,
     }),
   );

@@ -128,6 +128,26 @@ export const CASES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = 
     assert.equal(closed.error, 0);
     await bench.close();
   },
+  'a reading shares what did not change since the last one': async (bench) => {
+    const { token } = await established(bench);
+    const quiet = await waitUntil(
+      async () => {
+        const [first, second] = [await sampleOf(bench, token), await sampleOf(bench, token)];
+        return first !== undefined && first === second && second;
+      },
+      { deadlineMs: 5_000, what: 'two readings to be one object' },
+    );
+    await bench.speak();
+    await waitUntil(
+      async () => {
+        const now = await sampleOf(bench, token);
+        // The segment may be on its way yet, which is a change, too.
+        return now !== quiet && now?.subflows[0]?.bytesAcked !== quiet.subflows[0]?.bytesAcked;
+      },
+      { deadlineMs: 5_000, what: 'a reading to show what was sent' },
+    );
+    await bench.close();
+  },
   'the diagnosis shows the same': async (bench) => {
     const { token, local, remote, join } = await established(bench);
     await join(7, bench.second);

@@ -28,7 +28,10 @@ async function fakeBench(): Promise<Bench> {
     connect: async () => {
       token = kernel.open(endpoint('192.0.2.1:40000'), server);
     },
-    speak: async () => kernel.establish(token),
+    speak: async () => {
+      if (events.some(({ kind }) => kind === 'established')) kernel.send(token);
+      else kernel.establish(token);
+    },
     close: async () => kernel.close(token),
     async next(kind) {
       for (let waited = 0; waited < 5_000; waited += 10) {
