@@ -23,14 +23,14 @@ AS_ROOT := $(HOST) as-root
 WITH_ENGINE := $(HOST) as-root tests/lab/engine.sh run --
 
 help: ## this text
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 build: $(BUNDLE) ## the program, dist/detour.js, and what the images hold, dist/image
 
 check: $(MODULES) ## lint, types, unit and loop tests; needs no privileges
 	@node tests/lab/suite.ts lint types unit loop
 
-test: packages build ## every test; with CI=true all of them and nothing skipped
+test: packages build kubernetes ## every test; with CI=true all of them and nothing skipped
 	@$(WITH_ENGINE) tests/lab/all.sh test
 
 test-netns: packages build ## tests in network namespaces of their own: real nft, real Multipath TCP
@@ -38,6 +38,9 @@ test-netns: packages build ## tests in network namespaces of their own: real nft
 
 test-containers: packages build ## tests with the images
 	@$(WITH_ENGINE) tests/lab/all.sh test-containers
+
+test-k8s: packages build kubernetes ## tests in a real Kubernetes cluster; the first time brings it, in some minutes
+	@$(WITH_ENGINE) tests/lab/all.sh test-k8s
 
 images: packages build ## detour-router:dev and detour-client:dev
 	@$(WITH_ENGINE) tests/lab/all.sh images
@@ -51,16 +54,21 @@ bench: packages build ## measures what the design promises; writes out/bench
 clean: ## removes what was built (dist, out); `make clean-all` also what was fetched
 	rm -rf dist out
 
-clean-all: clean ## ... node_modules, Node, the engine's store and the base image
+clean-all: clean ## ... node_modules, Node, the engine's store, the base image and Kubernetes
 	@$(AS_ROOT) tests/lab/engine.sh stop --purge
 	rm -rf node_modules .cache
 	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
 
-.PHONY: help build check test test-netns test-containers images demo bench clean clean-all packages
+.PHONY: help build check test test-netns test-containers test-k8s kubernetes images demo bench clean clean-all packages
 
 # Checks for commands, so it costs nothing when all are there.
 packages:
 	@$(HOST) packages build lab docker
+
+# The programs of test clusters: built once, kept in the cache.
+kubernetes: packages
+	@$(HOST) packages cluster
+	@$(AS_ROOT) tests/lab/cluster.sh build >/dev/null
 
 $(NODE): package-lock.json $(HOST)
 	@$(HOST) node .cache/node

@@ -10,6 +10,7 @@ export default defineConfig({
       // A machine that others use too may still stall one of them: it gets a second attempt, then its file one more run (suite.ts).
       ring('netns', { testTimeout: 120_000, hookTimeout: 60_000, fileParallelism: false, retry: 1 }),
       ring('containers', { testTimeout: 300_000, hookTimeout: 180_000, fileParallelism: false, retry: 1 }),
+      ring('k8s', { testTimeout: 300_000, hookTimeout: 300_000, fileParallelism: false, retry: 1 }),
     ],
   },
 });

@@ -1,12 +1,10 @@
 import { execFile } from 'node:child_process';
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
-import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { describe, expect, it } from 'vitest';
 import { engine, vps } from './engine.ts';
 
 const run = promisify(execFile);
-const script = join(import.meta.dirname, '../lab/engine.sh');
 
 /** What an engine is known to leave behind on a host that runs it directly. */
 async function hostState(): Promise<string> {
@@ -60,14 +58,24 @@ describe('an engine in a namespace', () => {
       const theirs = readlinkSync(`/proc/${init}/ns/pid`);
       expect(within(theirs)).toBeGreaterThan(3);
 
-      process.kill(init, 'SIGKILL');
-      await expect.poll(() => within(theirs), { timeout: 10_000 }).toBe(0);
-      const state = machine.host?.slice('unix://'.length).replace(/\/docker\.sock$/, '') ?? '';
-      await run(script, ['start', '--netns', name, '--state', state]);
+      await machine.kill();
+      expect(within(theirs)).toBe(0);
+      await machine.restart();
       const { State } = await container.docker.inspect();
       expect(State.Running).toBe(false);
     }
     expect(await hostState()).toBe(before);
+  });
+
+  it('runs containers that ask for what this machine may refuse', async () => {
+    const name = `engine-ask-${process.pid}`;
+    await using _namespace = await namespace(name);
+    await using machine = await vps(name);
+    await machine.load('detour-router:dev', await engine());
+    const spec = { image: 'detour-router:dev', entrypoint: ['true'] };
+    // As the kubelet does for a pod of its best class.
+    expect((await machine.run({ ...spec, host: { OomScoreAdj: -998 } })).code).toBe(0);
+    expect((await machine.run({ ...spec, host: { Privileged: true } })).code).toBe(0);
   });
 });
 

@@ -11,6 +11,7 @@ import { join } from 'node:path';
 import { PassThrough } from 'node:stream';
 import { promisify } from 'node:util';
 import Docker from 'dockerode';
+import { waitUntil } from '../lab/netns.ts';
 
 const run = promisify(execFile);
 const script = join(import.meta.dirname, '../lab/engine.sh');
@@ -135,6 +136,13 @@ export class Engine {
     return { code: StatusCode, ...split(raw) };
   }
 
+  /** Containers that run and carry all of these labels. */
+  async labelled(labels: Readonly<Record<string, string>>): Promise<Container[]> {
+    const label = Object.entries(labels).map(([name, value]) => `${name}=${value}`);
+    const found = await this.docker.listContainers({ filters: { label } });
+    return found.map(({ Id }) => new Container(this.docker.getContainer(Id), this.#init));
+  }
+
   /** Names of containers that this test run made and has not removed. */
   async leftovers(): Promise<string[]> {
     const found = await this.docker.listContainers({
@@ -172,27 +180,72 @@ export async function engine(): Promise<Engine> {
   return found;
 }
 
+/** A second engine, which plays that of another machine. See `vps`. */
+export class Vps extends Engine implements AsyncDisposable {
+  readonly #state: string;
+  readonly #start: readonly string[];
+  /** Pid 1 of the engine's pid namespace, as this machine counts. */
+  readonly #first: number;
+  #killed = false;
+
+  private constructor(host: string, state: string, start: readonly string[]) {
+    const init = readFileSync(join(state, 'init'), 'utf8').trim();
+    super(host, init);
+    this.#state = state;
+    this.#start = start;
+    this.#first = Number(init);
+  }
+
+  /** Starts `engine.sh start` with these arguments, on the store in `state`. */
+  static async start(state: string, start: readonly string[]): Promise<Vps> {
+    const { stdout } = await run(script, ['start', '--state', state, ...start]);
+    return new Vps(stdout.trim(), state, start);
+  }
+
+  /** The command line that runs a program beside the engine: in its mount and pid namespaces, and in the caller's network. */
+  beside(...command: readonly string[]): string[] {
+    return ['nsenter', `--target=${this.#first}`, '--mount', '--pid', '--wd=/', '--', ...command];
+  }
+
+  /** As when its machine loses power: on return no process of it, its containers or what ran beside it is left; the store is. */
+  async kill(): Promise<void> {
+    // The second time, its pid may be another's.
+    if (this.#killed) return;
+    this.#killed = true;
+    if (existsSync(`/proc/${this.#first}`)) process.kill(this.#first, 'SIGKILL');
+    // The kernel lets the first process of a pid namespace go when all the others are gone.
+    await waitUntil(() => !existsSync(`/proc/${this.#first}`), { deadlineMs: 30_000, what: 'the engine to be gone' });
+  }
+
+  /** The engine anew, on the store of the one that was killed. */
+  restart(): Promise<Vps> {
+    return Vps.start(this.#state, this.#start);
+  }
+
+  /** Stops it, and deletes its store. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await run(script, ['stop', '--state', this.#state, '--purge']);
+    if (existsSync(this.#state)) throw new Error(`the engine in ${this.#state} left its store behind`);
+  }
+}
+
 /**
  * A second engine inside network namespace `netns`: a VPS whose host network is that namespace. ip_forward is off before it
  * starts, so Docker switches it on and sets FORWARD to DROP, by the flavour of iptables asked for. Whatever it put into the
- * namespace's rules stays there until the namespace goes. Needs root.
+ * namespace's rules stays there until the namespace goes. `flags` are further ones for dockerd. Needs root.
  */
-export async function vps(netns: string, flavour: 'nft' | 'legacy' = 'nft'): Promise<Engine & AsyncDisposable> {
+export async function vps(
+  netns: string,
+  flavour: 'nft' | 'legacy' = 'nft',
+  flags: readonly string[] = [],
+): Promise<Vps> {
   const state = mkdtempSync(join(tmpdir(), 'detour-vps-'));
-  let host: string;
   try {
-    const { stdout } = await run(script, ['start', '--netns', netns, '--state', state, '--iptables', flavour]);
-    host = stdout.trim();
+    return await Vps.start(state, ['--netns', netns, '--iptables', flavour, '--', ...flags]);
   } catch (error) {
     rmSync(state, { recursive: true, force: true });
     throw error;
   }
-  const init = readFileSync(join(state, 'init'), 'utf8').trim();
-  const stop = async () => {
-    await run(script, ['stop', '--state', state, '--purge']);
-    if (existsSync(state)) throw new Error(`the engine in ${state} left its store behind`);
-  };
-  return Object.assign(new Engine(host, init), { [Symbol.asyncDispose]: stop });
 }
 
 function socketOf(host: string): string {

@@ -3,7 +3,7 @@
 #
 #   engine.sh run -- COMMAND...            run COMMAND with DOCKER_HOST set; start an engine if none answers, stop what was started
 #   engine.sh enter -- COMMAND...          the same, and COMMAND runs inside the engine's network, mount and pid namespaces
-#   engine.sh start --netns NAME --state DIR [--iptables nft|legacy]
+#   engine.sh start --netns NAME --state DIR [--iptables nft|legacy] [-- DOCKERD-FLAG...]
 #                                          a second engine inside network namespace NAME: `--network host` there is that namespace.
 #                                          Prints its DOCKER_HOST. ip_forward is 0 before the start, so Docker sets FORWARD to DROP.
 #   engine.sh stop --state DIR [--purge]   stop it (and with --purge delete everything it stored)
@@ -13,7 +13,8 @@
 # Our own engine lives in network, mount and pid namespaces of its own. docker0, iptables rules, ip_forward, FORWARD DROP,
 # mounts, containerd and every container die with them by construction, even when dockerd is killed: the host is left as
 # found without any bookkeeping. Only its store (images) survives, in the cache. /run is a private tmpfs in there, so a
-# killed engine leaves no stale pid file or socket that the next one could stumble over.
+# killed engine leaves no stale pid file or socket that the next one could stumble over. The engine's socket is also where every
+# other has it, /run/docker.sock in there.
 #
 # Pids in `docker inspect` are those of the engine's pid namespace. From outside, LAB_ENGINE_INIT (set by `run`) is the
 # engine's first process: the namespaces of container pid P are /proc/$LAB_ENGINE_INIT/root/proc/P/ns/*.
@@ -21,6 +22,7 @@ set -euo pipefail
 
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/detour"
 main_state="$cache/engine"
+lab=$(realpath "$(dirname "$0")")
 start_timeout_s=60
 stop_timeout_s=30
 
@@ -73,8 +75,9 @@ kill_engine() { # $1 state: end the engine that was started there, politely firs
   rm -f "$state/holder" "$state/init" "$state/docker.sock"
 }
 
-start_engine() { # $1 state, $2 network namespace or empty, $3 iptables flavour or empty
+start_engine() { # $1 state, $2 network namespace or empty, $3 iptables flavour or empty, further flags of dockerd
   local state=$1 netns=$2 flavour=$3 enter=() net=(--net)
+  shift 3
   [ "$(id -u)" = 0 ] || die "starting an engine needs root: run this under sudo, or start Docker yourself"
   command -v dockerd >/dev/null || die "dockerd is not installed: run tests/lab/host.sh packages docker"
   mkdir -p "$state/data"
@@ -86,7 +89,7 @@ start_engine() { # $1 state, $2 network namespace or empty, $3 iptables flavour 
   fi
   : >"$state/dockerd.log"
   # shellcheck disable=SC2016  # expanded by the inner shell
-  DETOUR_STATE=$state DETOUR_FLAVOUR=$flavour \
+  DETOUR_STATE=$state DETOUR_FLAVOUR=$flavour DETOUR_RUNTIME=$lab/runc-without-sys-resource.sh \
     DETOUR_CGROUP=/detour-engine-$(basename "$state")-$(cksum <<<"$state" | cut -d' ' -f1) \
     setsid "${enter[@]}" unshare "${net[@]}" --mount --propagation private --pid --fork --kill-child=KILL --mount-proc \
     bash -c '
@@ -113,13 +116,18 @@ start_engine() { # $1 state, $2 network namespace or empty, $3 iptables flavour 
       score=
       if dockerd --help | grep -q -e --oom-score-adjust; then score="--oom-score-adjust 0"; fi
       echo "{}" >/run/daemon.json
-      dockerd --host "unix://$DETOUR_STATE/docker.sock" --data-root "$DETOUR_STATE/data" --exec-root /run/docker \
-        --pidfile /run/docker.pid --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "$DETOUR_CGROUP" \
-        $score --config-file /run/daemon.json &
+      # capabilities(7): CAP_SYS_RESOURCE is bit 24.
+      if ! (( 0x$(sed -n "s/^CapEff:[[:space:]]*//p" /proc/self/status) >> 24 & 1 )); then
+        cp "$DETOUR_RUNTIME" /run/runc-lab
+        echo "{\"runtimes\": {\"lab\": {\"path\": \"/run/runc-lab\"}}, \"default-runtime\": \"lab\"}" >/run/daemon.json
+      fi
+      dockerd --host "unix://$DETOUR_STATE/docker.sock" --host unix:///run/docker.sock --data-root "$DETOUR_STATE/data" \
+        --exec-root /run/docker --pidfile /run/docker.pid --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "$DETOUR_CGROUP" \
+        $score --config-file /run/daemon.json "$@" &
       trap "kill -TERM $!" TERM INT
       # The first wait ends at the signal, the second when dockerd is gone. As pid 1 this shell also reaps orphaned shims.
       wait $! || wait $! || true
-    ' >"$state/dockerd.log" 2>&1 </dev/null 9>&- &
+    ' engine "$@" >"$state/dockerd.log" 2>&1 </dev/null 9>&- &
   local holder=$!
   echo "$holder $(start_time "$holder")" >"$state/holder"
   local deadline=$((SECONDS + start_timeout_s))
@@ -228,9 +236,9 @@ case $command in
   run) run no "$@" ;;
   enter) run yes "$@" ;;
   start)
-    { [ -n "$netns" ] && [ -n "$state" ]; } || die "usage: engine.sh start --netns NAME --state DIR [--iptables nft|legacy]"
+    { [ -n "$netns" ] && [ -n "$state" ]; } || die "usage: engine.sh start --netns NAME --state DIR [--iptables nft|legacy] [-- DOCKERD-FLAG...]"
     case $flavour in '' | nft | legacy) ;; *) die "--iptables must be nft or legacy, not '$flavour'" ;; esac
-    start_engine "$state" "$netns" "$flavour"
+    start_engine "$state" "$netns" "$flavour" "$@"
     echo "unix://$state/docker.sock"
     ;;
   stop)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Brings what this machine lacks, and says so, one line each. A second run finds everything in place and does nothing.
 #
-#   host.sh packages GROUP...   Debian or Ubuntu packages: build, lab (network namespaces), docker, base-image
+#   host.sh packages GROUP...   Debian or Ubuntu packages: build, lab (network namespaces), docker, base-image, cluster
 #   host.sh node DIR            Node 24 and npm in DIR/bin: links to the system's when that is new enough, else from the npm registry
 #   host.sh debian-mirror       prints the mirror Debian packages come from, if this machine names one
+#   host.sh unpack RELEASE DIR PACKAGE...   what Debian's packages of that release contain, in DIR; nothing is installed
+#   host.sh source RELEASE DIR PACKAGE      the source package of that release, patched, in DIR, which must not exist
 #   host.sh as-root COMMAND...  runs COMMAND, through sudo when that is needed
 set -euo pipefail
 shopt -s inherit_errexit
@@ -71,6 +73,14 @@ packages() {
         need mmdebstrap mmdebstrap 'makes the base image where no container registry answers'
         [ -f /usr/share/keyrings/debian-archive-keyring.gpg ] || { wanted+=(debian-archive-keyring); say 'installing debian-archive-keyring: checks the packages of the base image'; }
         ;;
+      cluster)
+        need git git 'the Kubernetes build asks it for a version'
+        need make make 'drives the generators of the Kubernetes build'
+        need rsync rsync 'the Kubernetes build copies what it generates with it'
+        need dpkg-source dpkg-dev 'unpacks the source package of Kubernetes'
+        need xz xz-utils 'unpacks packages'
+        need dnsmasq dnsmasq-base 'resolves the names of Services in test clusters'
+        ;;
       *) die "unknown package group '$group'" ;;
     esac
   done
@@ -120,27 +130,56 @@ docker_plugins() {
   install_wanted
 }
 
-# Debian 12 has neither plugin. Debian 13's packages hold one static binary each, which is unpacked for this user; the second
-# package source stays out of the system's own lists.
+# Debian 12 has neither plugin. Debian 13's packages hold one static binary each, which is unpacked for this user.
 plugins_from_trixie() {
-  local apt=.cache/apt-trixie plugin target=${DOCKER_CONFIG:-$HOME/.docker}/cli-plugins
-  rm -rf "$apt"
-  mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/unpacked" "$target"
-  local mirror
+  local unpacked=.cache/apt-trixie plugin target=${DOCKER_CONFIG:-$HOME/.docker}/cli-plugins
+  say "unpacking ${*/#/docker-} of Debian 13 into $target: Debian 12 has no such package"
+  # In a shell of its own, because it ends in `die` when there is no such mirror.
+  (unpack trixie "$unpacked" "${@/#/docker-}") || die 'install the Docker compose and buildx plugins yourself, and run again'
+  mkdir -p "$target"
+  for plugin in "$@"; do install -m 755 "$unpacked/usr/libexec/docker/cli-plugins/docker-$plugin" "$target/docker-$plugin"; done
+  rm -rf "$unpacked"
+}
+
+# ---- packages of a Debian that this machine need not be
+
+# Sets `other` to apt-get for that release alone, its lists read. They and what is downloaded stay in $2, and out of the system's
+# own; signatures are checked all the same.
+other_release() { # $1 release, $2 scratch folder, absolute
+  local mirror keys=/usr/share/keyrings/debian-archive-keyring.gpg
   mirror=$(debian_mirror)
-  [ -n "$mirror" ] || die "this machine's package sources name no Debian mirror; install the Docker compose and buildx plugins yourself"
-  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" >"$apt/sources.list"
-  local options=(-o "Dir::Etc::SourceList=$PWD/$apt/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$PWD/$apt/lists"
-    -o "Dir::Cache=$PWD/$apt" -o APT::Sandbox::User= -o APT::Get::List-Cleanup=0)
-  [ -f /usr/share/keyrings/debian-archive-keyring.gpg ] || { wanted+=(debian-archive-keyring); install_wanted; }
-  apt-get "${options[@]}" update -qq >&2 || die 'the Debian 13 package lists cannot be read; install the Docker compose and buildx plugins yourself'
-  for plugin in "$@"; do
-    say "unpacking docker-$plugin of Debian 13 into $target: Debian 12 has no such package"
-    (cd "$apt/archives" && apt-get "${options[@]}" download -qq "docker-$plugin" >&2) || die "docker-$plugin could not be downloaded"
-    dpkg-deb -x "$apt/archives/docker-$plugin"_*.deb "$apt/unpacked"
-    install -m 755 "$apt/unpacked/usr/libexec/docker/cli-plugins/docker-$plugin" "$target/docker-$plugin"
-  done
-  rm -rf "$apt"
+  [ -f "$keys" ] || { wanted+=(debian-archive-keyring); say "installing debian-archive-keyring: checks the packages of Debian's $1"; install_wanted; }
+  mkdir -p "$2/lists/partial" "$2/archives/partial"
+  printf "%s [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} $1 main\n" deb deb-src >"$2/sources.list"
+  other=(apt-get -o "Dir::Etc::SourceList=$2/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$2/lists"
+    -o "Dir::Cache=$2" -o APT::Sandbox::User= -o APT::Get::List-Cleanup=0 -qq)
+  "${other[@]}" update >&2 || die "the package lists of Debian's $1 cannot be read: is a Debian mirror in reach?"
+}
+
+unpack() { # $1 release, $2 folder, packages
+  local release=$1 target scratch
+  mkdir -p "$2"
+  target=$(realpath "$2")
+  scratch=$(mktemp -d)
+  shift 2
+  other_release "$release" "$scratch"
+  (cd "$scratch/archives" && "${other[@]}" download "$@" >&2) || { rm -rf "$scratch"; die "$* of Debian's $release could not be downloaded"; }
+  local package
+  for package in "$scratch/archives"/*.deb; do dpkg-deb -x "$package" "$target"; done
+  rm -rf "$scratch"
+}
+
+unpack_source() { # $1 release, $2 folder, $3 package
+  local target scratch
+  mkdir -p "$(dirname "$2")"
+  target=$(realpath "$2")
+  scratch=$(mktemp -d)
+  other_release "$1" "$scratch"
+  # apt has checked the hashes against the signed list; whoever made the package has no key here.
+  (cd "$scratch" && "${other[@]}" source --download-only --only-source "$3" >&2 &&
+    dpkg-source --no-check --extract ./*.dsc "$target") >"$scratch/log" 2>&1 ||
+    { tail -n 20 "$scratch/log" >&2; rm -rf "$scratch"; die "the source of $3 of Debian's $1 could not be unpacked, see above"; }
+  rm -rf "$scratch"
 }
 
 debian_mirror() { # the one this machine uses already, when it is a Debian; nothing otherwise
@@ -237,6 +276,8 @@ case $command in
   packages) packages "$@" ;;
   node) bring_node "${1:?usage: host.sh node DIR}" ;;
   debian-mirror) debian_mirror ;;
+  unpack) unpack "${1:?usage: host.sh unpack RELEASE DIR PACKAGE...}" "${2:?}" "${@:3}" ;;
+  source) unpack_source "${1:?usage: host.sh source RELEASE DIR PACKAGE}" "${2:?}" "${3:?}" ;;
   as-root) as_root_with_environment "$@" ;;
   *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; [ -z "$command" ] || exit 64 ;;
 esac

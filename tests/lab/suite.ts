@@ -1,7 +1,7 @@
 /**
  * Runs rings of tests and ends with one line that sums them up: `N passed, N failed` and, if any, `, N skipped`.
  *
- *     node tests/lab/suite.ts lint types unit loop netns images containers
+ *     node tests/lab/suite.ts lint types unit loop netns images containers k8s
  *
  * Every ring runs, even after one failed. In rings that share the kernel and the clock with everything else on the machine, files with a
  * failure run once more when the rest is done; what only passed then is named at the end. `lint`, `types` and `images` are programs, and count as one test for each.
@@ -106,7 +106,7 @@ function fail(counts: FileReport, name: string, why: string): void {
 
 const rings = process.argv.slice(2);
 if (rings.length === 0) {
-  console.error('usage: node tests/lab/suite.ts RING...   (lint, types, unit, loop, netns, images, containers)');
+  console.error('usage: node tests/lab/suite.ts RING...   (lint, types, unit, loop, netns, images, containers, k8s)');
   process.exit(64);
 }
 mkdirSync(reports, { recursive: true });
