@@ -84,6 +84,21 @@ export function requireRoot(what = 'network namespace tests'): boolean {
   return false;
 }
 
+/** Whether this process runs in the VM of tests/lab/vm.sh. */
+export const inVm = process.env['LAB_VM'] === '1';
+
+/** How much longer than elsewhere everything here may take: the VM's processor is emulated, and some ten to twenty times slower. */
+const PATIENCE = inVm ? 10 : 1;
+
+/** Like requireRoot, for tests that need the VM's kernel. */
+export function requireVm(what: string): boolean {
+  if (inVm) return true;
+  const remedy = `${what} need the VM: make test-vm, or tests/lab/vm.sh run -- npx vitest run --project vm`;
+  if (process.env['CI'] === 'true') throw new Error(remedy);
+  console.warn(`skipped: ${remedy}`);
+  return false;
+}
+
 /**
  * Calls `probe` until it returns something other than false, null or undefined, and returns that. A probe that throws counts as
  * "not yet"; its last error is part of the message when the deadline passes.
@@ -92,7 +107,8 @@ export async function waitUntil<T>(
   probe: () => T | Promise<T>,
   options: { readonly deadlineMs: number; readonly what: string; readonly everyMs?: number },
 ): Promise<Exclude<T, false | null | undefined>> {
-  const deadline = performance.now() + options.deadlineMs;
+  const deadlineMs = options.deadlineMs * PATIENCE;
+  const deadline = performance.now() + deadlineMs;
   let last = 'the condition was not met';
   for (;;) {
     try {
@@ -103,7 +119,7 @@ export async function waitUntil<T>(
       last = error instanceof Error ? error.message : String(error);
     }
     if (performance.now() >= deadline) {
-      throw new Error(`waited ${options.deadlineMs} ms in vain for ${options.what}: ${last}`);
+      throw new Error(`waited ${deadlineMs} ms in vain for ${options.what}: ${last}`);
     }
     await delay(options.everyMs ?? 20);
   }
@@ -154,7 +170,8 @@ export class Running {
       typeof pattern === 'string' ? line.includes(pattern) : line.search(pattern) >= 0;
     const find = (): string | undefined => this.lines.find(matches) ?? this.errors.find(matches);
     const timer = new AbortController();
-    const expired = delay(deadlineMs, 'expired' as const, { signal: timer.signal }).catch(() => 'expired' as const);
+    const patienceMs = deadlineMs * PATIENCE;
+    const expired = delay(patienceMs, 'expired' as const, { signal: timer.signal }).catch(() => 'expired' as const);
     try {
       for (;;) {
         const found = find();
@@ -166,7 +183,7 @@ export class Running {
         const outcome = await Promise.race([change.promise, expired]);
         this.#watchers.delete(wake);
         if (outcome === 'expired' && find() === undefined) {
-          throw new Error(this.#complaint(`did not print ${pattern} within ${deadlineMs} ms`));
+          throw new Error(this.#complaint(`did not print ${pattern} within ${patienceMs} ms`));
         }
       }
     } finally {
@@ -182,7 +199,7 @@ export class Running {
   /** Signals the program alone (default SIGTERM) and waits for its end; SIGKILL after `graceMs`. */
   async stop(signal: NodeJS.Signals = 'SIGTERM', graceMs = 5_000): Promise<Exit> {
     this.kill(signal);
-    const timer = setTimeout(() => this.killGroup(), graceMs);
+    const timer = setTimeout(() => this.killGroup(), graceMs * PATIENCE);
     try {
       return await this.exited;
     } finally {
@@ -614,7 +631,7 @@ function run(command: readonly string[], options: ExecOptions): Promise<ExecResu
       {
         env: { ...process.env, ...options.env },
         maxBuffer: OUTPUT_LIMIT_BYTES,
-        timeout: options.timeoutMs ?? DEFAULT_EXEC_DEADLINE_MS,
+        timeout: (options.timeoutMs ?? DEFAULT_EXEC_DEADLINE_MS) * PATIENCE,
         killSignal: 'SIGKILL',
         ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
       },
