@@ -62,7 +62,7 @@ clean-all: clean ## ... node_modules, Node, the engine's store, the base image, 
 	rm -rf node_modules .cache
 	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
 
-.PHONY: help build check test test-netns test-vm test-containers test-k8s kubernetes images demo bench clean clean-all packages packages-vm
+.PHONY: help build check test test-netns test-vm test-containers test-k8s kubernetes images demo bench clean clean-all packages packages-vm tools
 
 # Checks for commands, so it costs nothing when all are there.
 packages:
@@ -76,6 +76,9 @@ kubernetes: packages
 	@$(HOST) packages cluster
 	@$(AS_ROOT) tests/lab/cluster.sh build >/dev/null
 
+tools:
+	@$(HOST) packages build
+
 $(NODE): package-lock.json $(HOST)
 	@$(HOST) node .cache/node
 	@touch -h $@
@@ -86,7 +89,7 @@ $(MODULES): package-lock.json | $(NODE)
 	@npm ci --no-progress --loglevel=error
 	@touch $@
 
-$(BUNDLE): $(MODULES) $(SOURCES) package.json
+$(BUNDLE): $(MODULES) $(SOURCES) package.json | tools
 	@echo "build: dist/detour.js" >&2
 	@node images/bundle.ts
 	@touch $@
