@@ -346,17 +346,19 @@ function explain(what: string, code: number, needs: readonly BpfCapability[]): B
   said.length = 0;
   if (code === ERRNO.EPERM && needs.length > 0) {
     const status = readFileSync('/proc/self/status', 'latin1');
-    const missing = missingOf(/^CapEff:\s*([0-9a-f]+)$/m.exec(status)?.[1] ?? '0', needs);
+    const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status)?.[1] ?? '0';
+    const missing = missingOf(effective, needs);
     if (missing.length > 0) {
       return new BpfError(
         'capability',
         `the kernel refuses ${what} to this process: it needs ${missing.map((one) => `CAP_${one}`).join(' and ')}. ` +
-          `docker: ${missing.map((one) => `--cap-add ${one}`).join(' ')}; kubernetes: securityContext.capabilities.add: [${missing.join(', ')}]`,
+          `docker: ${missing.map((one) => `--cap-add ${one}`).join(' ')} (before Docker 23: --cap-add SYS_ADMIN); kubernetes: securityContext.capabilities.add: [${missing.join(', ')}]`,
       );
     }
-    const filtered = /^Seccomp:\s*2$/m.test(status)
-      ? '; a seccomp filter is on, and that of Docker before 23 refuses BPF whatever the capabilities: --security-opt seccomp=unconfined'
-      : '';
+    const filtered =
+      /^Seccomp:\s*2$/m.test(status) && !holds(effective, 'SYS_ADMIN')
+        ? '; a seccomp filter is on, and that of Docker before 23 lets only CAP_SYS_ADMIN pass: docker: --cap-add SYS_ADMIN'
+        : '';
     return new BpfError(
       'refused',
       `this kernel, or the sandbox around it, refuses ${what} although the capabilities are there${filtered}`,
@@ -370,8 +372,8 @@ function explain(what: string, code: number, needs: readonly BpfCapability[]): B
 }
 
 /** Which of `needs` are not in an effective set, as /proc/PID/status writes one. */
-export function missingOf(effective: string, needs: readonly BpfCapability[]): readonly BpfCapability[] {
-  const held = BigInt(`0x${effective}`);
-  const has = (name: keyof typeof CAPABILITY): boolean => ((held >> CAPABILITY[name]) & 1n) === 1n;
-  return has('SYS_ADMIN') ? [] : needs.filter((name) => !has(name));
-}
+export const missingOf = (effective: string, needs: readonly BpfCapability[]): readonly BpfCapability[] =>
+  holds(effective, 'SYS_ADMIN') ? [] : needs.filter((name) => !holds(effective, name));
+
+const holds = (effective: string, name: keyof typeof CAPABILITY): boolean =>
+  ((BigInt(`0x${effective}`) >> CAPABILITY[name]) & 1n) === 1n;

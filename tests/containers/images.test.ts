@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto';
 import { createGzip } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { type Engine, engine, LEAST_PRIVILEGE } from './engine.ts';
+import { type Container, type Engine, engine, LEAST_PRIVILEGE } from './engine.ts';
 
 /** Design, section 8: what a small VPS has to fetch. */
 const LARGEST_COMPRESSED_BYTES = 80_000_000;
@@ -22,6 +22,17 @@ function hostConfig(side: Side) {
   return side === 'router'
     ? { ...LEAST_PRIVILEGE, Sysctls: { 'net.ipv4.ip_forward': '1' } }
     : { ...LEAST_PRIVILEGE, Binds: ['/proc/sys/net:/host/proc/sys/net'] };
+}
+
+/** Waits for a daemon, and returns what it says of itself. */
+async function becomesHealthy(container: Container): Promise<string> {
+  let health = await container.exec('detour', 'healthcheck');
+  for (let tries = 0; health.code !== 0 && tries < 50; tries += 1)
+    health = await container.exec('detour', 'healthcheck');
+  expect(health, await container.logs()).toMatchObject({ code: 0 });
+  const status = await container.exec('detour', 'status', '--json');
+  expect(status, await container.logs()).toMatchObject({ code: 0 });
+  return status.stdout;
 }
 
 describe.each(SIDES)('detour-%s:dev', (side) => {
@@ -89,13 +100,7 @@ describe.each(SIDES)('detour-%s:dev', (side) => {
     const command = await container.exec('cat', '/proc/1/cmdline');
     expect(command.stdout.split('\0').slice(0, 3)).toEqual(['node', '/usr/local/bin/detour', side]);
 
-    let health = await container.exec('detour', 'healthcheck');
-    for (let tries = 0; health.code !== 0 && tries < 50; tries += 1)
-      health = await container.exec('detour', 'healthcheck');
-    expect(health, await container.logs()).toMatchObject({ code: 0 });
-    const status = await container.exec('detour', 'status', '--json');
-    expect(status, await container.logs()).toMatchObject({ code: 0 });
-    expect(JSON.parse(status.stdout)).toMatchObject({ version: expect.stringMatching(/^\d/) });
+    expect(JSON.parse(await becomesHealthy(container))).toMatchObject({ version: expect.stringMatching(/^\d/) });
 
     const { code, ms } = await container.stop(10);
     expect(code, await container.logs()).toBe(0);
@@ -117,5 +122,44 @@ describe.each(SIDES)('detour-%s:dev', (side) => {
     for await (const chunk of compressed) bytes += chunk.length;
     console.log(`${image}: ${(bytes / 1e6).toFixed(1)} MB compressed`);
     expect(bytes).toBeLessThanOrEqual(LARGEST_COMPRESSED_BYTES);
+  });
+});
+
+describe('detour-client:dev', () => {
+  it('has all that plain TCP sockets take, but what it may do, which it names', async () => {
+    const env = { ...ENVIRONMENT.client, DETOUR_MPTCPIFY: 'all' };
+    const docker = await engine();
+    await using container = await docker.start({ image: 'detour-client:dev', env, host: hostConfig('client') });
+    const status = await becomesHealthy(container);
+    // Neither the library nor the program is missing: those would be named first.
+    expect(JSON.parse(status).mptcpify).toMatchObject({
+      state: 'unavailable',
+      why: expect.stringMatching(/needs CAP_BPF and CAP_PERFMON.*--cap-add BPF --cap-add PERFMON/),
+    });
+  });
+
+  it('does the privileged part as a step of its own, with the flags of docs/mptcpify.md', async () => {
+    const docker = await engine();
+    const step = (command: string, ...CapAdd: readonly string[]) => ({
+      image: 'detour-client:dev',
+      command: [command],
+      env: { DETOUR_SYSCTL_ROOT: '/host/proc/sys', DETOUR_MPTCPIFY: 'all' },
+      host: {
+        ...hostConfig('client'),
+        CapAdd: ['NET_ADMIN', ...CapAdd],
+        Binds: ['/proc/sys/net:/host/proc/sys/net', '/sys/fs/bpf:/sys/fs/bpf'],
+      },
+    });
+    const { code, stdout, stderr } = await docker.run(step('load', 'BPF', 'PERFMON')).catch((error: unknown) => {
+      // The engine of Debian 12.
+      if (/unknown capability/.test(String(error))) return docker.run(step('load', 'SYS_ADMIN'));
+      throw error;
+    });
+    // Some kernels refuse it: then that is said, and the rest is done.
+    if (/refuses/.test(stderr)) expect(stderr).toMatch(/mptcpize run.*GODEBUG=multipathtcp=1/);
+    else expect(stdout).toContain('plain TCP sockets of this network become Multipath TCP');
+    expect(stdout).toContain('the userspace path manager is selected');
+    expect(code).toBe(0);
+    expect(await docker.run(step('unload'))).toMatchObject({ code: 0 });
   });
 });

@@ -451,8 +451,6 @@ http {
     console.log(
       `curl and nginx: ${mbit(direct)} Mbit/s direct, ${mbit(both)} with the detour: ${(both / direct).toFixed(2)} times`,
     );
-    // Even if they were never measured: more than one link of the two can carry.
-    expect(both).toBeGreaterThan(RATE_MBIT * 1e6);
     await agent.program.stop();
     await stopNginx();
     await serverAgent.program.stop();
