@@ -43,7 +43,7 @@ usage: detour COMMAND [options]
 
   router                     run the router daemon in the foreground (on a detour)
   client                     run the client agent in the foreground (on a client)
-  load, unload               select the userspace path manager, and put back what was there
+  load, unload               ready the kernel for the agent (path manager, BPF), and put back what was there
   status [--json]            what the running daemon sees
   explain HOST[:PORT] [--json]   the client's ways to a server: what each detour adds, and why it is used or not
   doctor [--json]            check this machine; every failure prints the line that fixes it
@@ -279,7 +279,7 @@ async function loader(action: 'load' | 'unload', sources: Sources): Promise<Exit
   if (action === 'load') for (const line of await load(settings, commandLog(action))) print(line);
   else {
     await unload(settings, commandLog(action));
-    print('net.mptcp is as it was found');
+    print('the kernel is as it was found');
   }
   return 0;
 }

@@ -13,24 +13,24 @@ const INSTALL = 'tests/lab/host.sh packages build   (or: apt-get install clang l
 
 /**
  * `-g` for BTF, the description of types that CO-RE works with; the folder that debuggers would look in stays out, so that
- * two trees give the same bytes. `v3` of the instruction set (Linux 5.1) is what those types are compiled to best.
+ * two trees give the same bytes. `v3` is the instruction set of Linux 5.1 and later.
  */
 const FLAGS = ['-target', 'bpfel', '-mcpu=v3', '-O2', '-g', '-fdebug-compilation-dir=.', '-Wall', '-Werror'];
 
-/** @throws Error that says what is missing, or what clang said */
+/** Compiles one program; both paths are relative to this tree. @throws Error that says what is missing, or what clang said */
+export function compile(source: string, object: string): void {
+  const clang = spawnSync('clang', [...FLAGS, '-c', source, '-o', object], { cwd: root, encoding: 'utf8' });
+  if (clang.error) throw new Error(`build: there is no clang, which compiles ${source}: ${INSTALL}`);
+  if (/bpf\/\w+\.h' file not found/.test(clang.stderr))
+    throw new Error(`build: libbpf's headers are missing, which ${source} includes: ${INSTALL}`);
+  if (clang.status !== 0) throw new Error(`build: clang could not compile ${source}\n${clang.stderr}`);
+}
+
+/** Compiles all programs of the product. @throws Error as `compile` */
 export function compileBpf(): void {
   mkdirSync(join(root, 'dist'), { recursive: true });
-  for (const source of readdirSync(join(root, SOURCES)).filter((name) => name.endsWith('.bpf.c'))) {
-    const object = `dist/${basename(source, '.c')}.o`;
-    const clang = spawnSync('clang', [...FLAGS, '-c', `${SOURCES}/${source}`, '-o', object], {
-      cwd: root,
-      encoding: 'utf8',
-    });
-    if (clang.error) throw new Error(`build: there is no clang, which compiles ${SOURCES}: ${INSTALL}`);
-    if (/bpf\/\w+\.h' file not found/.test(clang.stderr))
-      throw new Error(`build: libbpf's headers are missing, which ${SOURCES} includes: ${INSTALL}`);
-    if (clang.status !== 0) throw new Error(`build: clang could not compile ${SOURCES}/${source}\n${clang.stderr}`);
-  }
+  for (const source of readdirSync(join(root, SOURCES)).filter((name) => name.endsWith('.bpf.c')))
+    compile(`${SOURCES}/${source}`, `dist/${basename(source, '.c')}.o`);
 }
 
 if (import.meta.main) compileBpf();

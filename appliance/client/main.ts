@@ -210,13 +210,14 @@ async function enter(path: string): Promise<Namespace> {
  */
 export async function load(settings: ClientHostSettings, log: Log): Promise<readonly string[]> {
   const { sides, mptcpify } = settings;
-  const prepared = mptcpify === 'off' ? null : prepare(log);
+  // Whatever can fail has been tried before anything is changed.
+  const prepared = mptcpify === 'off' ? null : attempt(log, prepareSwitches);
   await ready(settings, log, 'load');
   const done: string[] = [];
   if (sides.includes('client')) done.push('the userspace path manager is selected');
   if (sides.includes('server')) done.push(`connections that are accepted may have ${ACCEPTED_SUBFLOWS} extra subflows`);
-  if (prepared) {
-    const switches = prepared.keep();
+  const switches = prepared && attempt(log, prepared.keep);
+  if (switches) {
     fillByLoad(switches, mptcpify, ownNamespace.inode);
     switches.close();
     done.push(
@@ -232,15 +233,13 @@ export async function load(settings: ClientHostSettings, log: Log): Promise<read
  * What cannot be had on this kernel is said, and everything else goes on without. @throws Fatal (69) for what can be mended: an init
  * container that succeeds would hide it.
  */
-function prepare(log: Log): ReturnType<typeof prepareSwitches> | null {
+function attempt<T>(log: Log, task: () => T): T | null {
   try {
-    return prepareSwitches();
+    return task();
   } catch (error) {
     if (!(error instanceof BpfError)) throw error;
-    const { reason, message } = error;
-    if (reason !== 'btf' && reason !== 'hook' && reason !== 'refused')
-      throw new Fatal(69, `DETOUR_MPTCPIFY: ${message}`);
-    log.warn('mptcpify-unavailable', { why: message }, `Plain TCP sockets stay what they are. ${INSTEAD}`);
+    if (error.mendable) throw new Fatal(69, `DETOUR_MPTCPIFY: ${error.message}`);
+    log.warn('mptcpify-unavailable', { why: error.message }, `Plain TCP sockets stay what they are. ${INSTEAD}`);
     return null;
   }
 }

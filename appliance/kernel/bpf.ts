@@ -49,11 +49,11 @@ export type BpfMap = {
   close(): void;
 };
 
-/**
- * Why there is no BPF. What an operator may mend in place: `library`, `object`, `capability`, `bpffs`, `group`. What takes another
- * kernel, or another place to run: `btf`, `hook`, `refused`. `failed`: whatever else, with libbpf's own words.
- */
+/** Why there is no BPF; `failed` is whatever has no name here, with libbpf's own words. */
 export type BpfReason = 'library' | 'object' | 'capability' | 'bpffs' | 'group' | 'btf' | 'hook' | 'refused' | 'failed';
+
+/** What an operator can mend where it is; the rest takes another kernel, or another place to run. */
+const MENDABLE: readonly BpfReason[] = ['library', 'object', 'capability', 'bpffs', 'group'];
 
 export class BpfError extends Error {
   override readonly name = 'BpfError';
@@ -62,6 +62,10 @@ export class BpfError extends Error {
   constructor(reason: BpfReason, message: string) {
     super(message);
     this.reason = reason;
+  }
+
+  get mendable(): boolean {
+    return MENDABLE.includes(this.reason);
   }
 }
 

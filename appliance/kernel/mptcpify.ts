@@ -42,11 +42,16 @@ export function openSwitches(): Switches {
   const pinned = openPinned();
   if (pinned) return pinned;
   const program = loadProgram(objectPath(`${PROGRAM}.bpf.o`), PROGRAM, NEEDS);
-  const link = program.attach();
-  return switchesOf('agent', program.map, () => {
-    link.close();
+  try {
+    const link = program.attach();
+    return switchesOf('agent', program.map, () => {
+      link.close();
+      program.close();
+    });
+  } catch (error) {
     program.close();
-  });
+    throw error;
+  }
 }
 
 /**
@@ -68,10 +73,16 @@ export function prepareSwitches(): { keep(): Switches } {
   }
   return {
     keep() {
-      removeSwitches();
-      for (const map of MAPS) program.map(map).pin(pinOf(map));
-      program.attach().pin(LINK);
-      return switchesOf('load', program.map, program.close);
+      try {
+        removeSwitches();
+        for (const map of MAPS) program.map(map).pin(pinOf(map));
+        program.attach().pin(LINK);
+        return switchesOf('load', program.map, program.close);
+      } catch (error) {
+        removeSwitches();
+        program.close();
+        throw error;
+      }
     },
   };
 }
