@@ -86,6 +86,8 @@ type Entry = {
   workload: Workload;
   readonly since: number;
   served: Served | null;
+  /** It has no network of its own but this host's. */
+  onHost: boolean;
   /** Why it is not served, or not as it wishes; null when nothing is wrong. */
   why: string | null;
   failures: number;
@@ -137,6 +139,9 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     );
   }
 
+  const becomesMptcp = ({ served: one, onHost, workload }: Entry): boolean =>
+    (onHost ? home !== null : one?.up === true) && mptcpify.includes(workload.key);
+
   async function begin(place: Place, wishes: Partial<ClientSettings>): Promise<Agent | null> {
     const { key } = settings;
     try {
@@ -175,6 +180,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     if (present || place.id === ownId) {
       place.close();
       if (!present) {
+        entry.onHost = true;
         entry.why = home
           ? "it uses this host's network, which is served as such"
           : "it uses this host's network: add host to DETOUR_PROVIDERS to serve that";
@@ -293,7 +299,15 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       leaving.push(leave(entry));
     }
     for (const workload of wanted.values()) {
-      const entry: Entry = { workload, since: clock.now(), served: null, why: null, failures: 0, gone: false };
+      const entry: Entry = {
+        workload,
+        since: clock.now(),
+        served: null,
+        onHost: false,
+        why: null,
+        failures: 0,
+        gone: false,
+      };
       entries.set(workload.key, entry);
       // One that changed its wishes is let go of first.
       void Promise.all(leaving).then(() => (entry.gone ? undefined : enter(entry)));
@@ -391,7 +405,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
                   name: entry.workload.name,
                   state: stateOf(entry),
                   since: wallAt(entry.since),
-                  ...(settings.mptcpify === 'off' ? {} : { mptcp: mptcpify.includes(entry.workload.key) }),
+                  ...(settings.mptcpify === 'off' ? {} : { mptcp: becomesMptcp(entry) }),
                   why: entry.why,
                 })),
               }),

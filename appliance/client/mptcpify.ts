@@ -3,7 +3,7 @@ import type { Cancel, Clock } from '../kernel/clock.ts';
 import type { Switches, Table } from '../kernel/mptcpify.ts';
 import type { Log } from '../log.ts';
 import type { Mptcpify as Mode } from '../settings.ts';
-import { changes, choiceOf, choiceOfLoad } from './switches.ts';
+import { changes, choiceOf, choiceOfLoad, ROOT_GROUP } from './switches.ts';
 
 /** Keeps the kernel told whose plain TCP sockets become Multipath TCP (`DETOUR_MPTCPIFY`). */
 
@@ -49,7 +49,7 @@ export type Mptcpify = {
   /** What there is now, each time anew. Sockets that exist stay what they are. */
   update(nets: readonly ServedNet[], wishes: readonly MptcpWish[]): void;
   status(): MptcpifyStatus;
-  /** Whether the sockets of a workload become Multipath TCP. */
+  /** Whether the sockets of a workload become Multipath TCP, where it is served. */
   includes(key: string): boolean;
   /** From now on all sockets of whom we serve are plain again, unless `detour load` chose them. */
   stop(): void;
@@ -72,6 +72,9 @@ const messageOf = (error: unknown): string => (error instanceof Error ? error.me
 /** Starts; attaches the program when there is none. Where that fails, says why, once. */
 export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
   const { clock, log, groups } = ports;
+  const all = mode === 'all';
+  /** Who would be treated another way without being found. */
+  const asksOtherwise = ({ mptcp }: MptcpWish): boolean => mptcp !== null && mptcp !== all;
   let nets: readonly ServedNet[] = [];
   /** Inodes of those of them that have Multipath TCP switched off. */
   let disabled: ReadonlySet<number> = new Set();
@@ -92,10 +95,17 @@ export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
     try {
       const opened = ports.openSwitches();
       log.info('mptcpify', { mode, by: opened.by }, 'Plain TCP sockets become Multipath TCP');
+      if (mode === 'labelled' && opened.groups.entries().has(ROOT_GROUP)) {
+        log.warn(
+          'mptcpify-loaded-all',
+          {},
+          'An earlier `detour load` chose all sockets of its network: run it again with DETOUR_MPTCPIFY=labelled',
+        );
+      }
       return opened;
     } catch (error) {
       why = messageOf(error);
-      if (mode === 'all' && ports.isPinned()) {
+      if (all && ports.isPinned()) {
         log.info(
           'mptcpify',
           { mode, by: 'load', why },
@@ -111,12 +121,12 @@ export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
   /** Brings the maps up to date. */
   function write(): void {
     if (!switches) return;
-    const asking = wishes.flatMap(({ key, mptcp }) => {
+    const asking = wishes.filter(asksOtherwise).flatMap(({ key }) => {
       const its = found.get(key);
-      return mptcp !== null && its ? [{ mptcp, groups: its.ids }] : [];
+      return its ? [{ mptcp: !all, groups: its.ids }] : [];
     });
     const served = stopped ? [] : nets.map(({ inode }) => inode).filter((inode) => !disabled.has(inode));
-    const choice = stopped ? choiceOf(false, [], []) : choiceOf(mode === 'all', served, asking);
+    const choice = stopped ? choiceOf(false, [], []) : choiceOf(all, served, asking);
     try {
       // Groups first: who says no is not to be taken for one that says nothing.
       apply(switches.groups, choice.groups);
@@ -142,7 +152,7 @@ export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
 
   /** Those to be looked for: new ones, and pods that have other containers now. */
   const missing = (): MptcpWish[] =>
-    wishes.filter(({ key, mptcp, groups: names }) => mptcp !== null && found.get(key)?.by.join() !== names.join());
+    wishes.filter((wish) => asksOtherwise(wish) && found.get(wish.key)?.by.join() !== wish.groups.join());
 
   async function find(): Promise<void> {
     const sought = missing();
@@ -166,7 +176,11 @@ export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
     for (const { key, name } of searches >= SEARCHES_IN_SILENCE ? left : []) {
       if (told.has(key)) continue;
       told.add(key);
-      log.warn('workload-not-found', { workload: name, reason }, 'The sockets of a workload stay what they are');
+      log.warn(
+        'workload-not-found',
+        { workload: name, reason },
+        'A workload is not found, so that its wish for or against Multipath TCP counts for nothing',
+      );
     }
     if (left.length > 0) search(Math.min(SEARCH_FIRST_MS * 2 ** Math.min(searches, 10), SEARCH_LONGEST_MS));
   }
@@ -194,16 +208,16 @@ export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
   again();
 
   return {
-    update(servedNets, all) {
+    update(servedNets, asked) {
       if (stopped) return;
       nets = servedNets;
-      wishes = all;
-      const keys = new Set(all.map(({ key }) => key));
+      wishes = asked;
+      const keys = new Set(asked.map(({ key }) => key));
       for (const key of found.keys()) if (!keys.has(key)) found.delete(key);
       for (const key of told) if (!keys.has(key)) told.delete(key);
       write();
       if (mode === 'off') {
-        for (const { key, name } of all.filter(({ key, mptcp }) => mptcp && !told.has(key))) {
+        for (const { key, name } of asked.filter(({ key, mptcp }) => mptcp && !told.has(key))) {
           told.add(key);
           log.warn(
             'workload-mptcp-off',
@@ -219,14 +233,14 @@ export function startMptcpify(mode: Mode, ports: MptcpifyPorts): Mptcpify {
     status() {
       if (mode === 'off') return { mode, state: 'off', by: null, sockets: null, why: null };
       if (!switches) {
-        const pinned = mode === 'all' && ports.isPinned();
+        const pinned = all && ports.isPinned();
         return { mode, state: pinned ? 'on' : 'unavailable', by: pinned ? 'load' : null, sockets: null, why };
       }
       return { mode, state: 'on', by: switches.by, sockets: made(), why };
     },
     includes(key) {
-      const wish = wishes.find((one) => one.key === key)?.mptcp ?? mode === 'all';
-      return switches !== null && wish && (mode === 'all' || found.has(key));
+      const otherwise = wishes.some((wish) => wish.key === key && asksOtherwise(wish)) && found.has(key);
+      return switches !== null && all !== otherwise;
     },
     stop() {
       stopped = true;

@@ -1,11 +1,14 @@
 import { describe, expect, it } from 'vitest';
 import { type Daemon, type Place, startDaemon } from '../../appliance/client/daemon.ts';
+import { watchDocker } from '../../appliance/client/docker.ts';
+import { watchKubernetes } from '../../appliance/client/kubernetes.ts';
 import { fillByLoad } from '../../appliance/client/mptcpify.ts';
 import type { Workload } from '../../appliance/client/workloads.ts';
 import { BpfError } from '../../appliance/kernel/bpf.ts';
 import { systemFiles } from '../../appliance/kernel/files.ts';
 import { systemLookup } from '../../appliance/kernel/lookup.ts';
 import type { Switches } from '../../appliance/kernel/mptcpify.ts';
+import type { Pod, PodEvent } from '../../appliance/kernel/pods.ts';
 import { systemSchedule } from '../../appliance/kernel/schedule.ts';
 import { systemWeb } from '../../appliance/kernel/web.ts';
 import type { Log } from '../../appliance/log.ts';
@@ -182,16 +185,11 @@ describe('DETOUR_MPTCPIFY=labelled', () => {
     world.groups.paths.set('docker/bb', 102n);
     await world.start({ mptcpify: 'labelled' }, () => switches);
     await world.workloads(workload('aa', true), { ...workload('bb', false), paths: ['/run/aa'] });
-    expect(switches.groups.values).toEqual(
-      new Map([
-        [101n, YES],
-        [102n, NO],
-      ]),
-    );
+    expect(switches.groups.values).toEqual(new Map([[101n, YES]]));
     expect(world.logged('workload-shares')).toEqual([]);
     // Who stays when the first one goes keeps its own way.
-    await world.workloads({ ...workload('bb', false), paths: ['/run/aa'] });
-    expect(switches.groups.values).toEqual(new Map([[102n, NO]]));
+    await world.workloads({ ...workload('bb', true), paths: ['/run/aa'] });
+    expect(switches.groups.values).toEqual(new Map([[102n, YES]]));
     expect(switches.nets.values.has(11)).toBe(true);
     await world.stop();
   });
@@ -271,6 +269,15 @@ describe('DETOUR_MPTCPIFY=all', () => {
       ]),
     );
     expect((await world.status())['workloads']).toMatchObject([{ mptcp: false }, { mptcp: true }]);
+    // One that says what is so anyway is not even looked for; one on the host's network is, too.
+    world.nets.delete('bb');
+    await world.workloads(workload('cc', true, ['nowhere']), { ...workload('dd', null), paths: ['/run/own'] });
+    await world.clock.advance(20_000);
+    expect(world.logged('workload-not-found')).toEqual([]);
+    expect((await world.status())['workloads']).toMatchObject([
+      { name: 'cc', state: 'failed', mptcp: false },
+      { name: 'dd', mptcp: true },
+    ]);
     await world.stop();
   });
 
@@ -319,9 +326,13 @@ describe('what `detour load` attached', () => {
     expect(switches.nets.values).toEqual(new Map([[OWN_NET, BY_LOAD]]));
   });
 
-  it('is replaced by the next `detour load`', () => {
+  it('is replaced by the next `detour load`, which an agent asks for that would choose fewer', async () => {
+    const world = new World();
     const switches = new FakeSwitches('load');
     fillByLoad(switches, 'all', OWN_NET);
+    await world.start({ mptcpify: 'labelled' }, () => switches);
+    expect(world.logged('mptcpify-loaded-all')).toEqual(['warn']);
+    await world.stop();
     fillByLoad(switches, 'labelled', OWN_NET);
     expect([...switches.groups.values, ...switches.nets.values]).toEqual([]);
   });
@@ -394,5 +405,81 @@ describe('DETOUR_MPTCPIFY=off', () => {
     const status = await world.status();
     expect(status['mptcpify']).toBeUndefined();
     await world.stop();
+  });
+});
+
+describe('what providers say of control groups', () => {
+  const readers = {
+    targets: () => [],
+    strategy: () => ({ kinds: [], ordered: false }),
+    mptcp: (text: string) => text === 'true',
+  };
+  const log = { debug: () => undefined, info: () => undefined, warn: () => undefined, error: () => undefined };
+
+  it('is the id of a container', async () => {
+    const clock = new FakeClock();
+    const seen: Workload[] = [];
+    const provider = watchDocker({
+      engine: {
+        list: async () => ['c0ffee'],
+        inspect: async (id) => ({
+          id,
+          name: 'web',
+          labels: { 'detour.enable': 'true', 'detour.mptcp': 'true' },
+          pid: 7,
+          startedAt: 'now',
+          sandbox: '/run/web',
+          joined: null,
+        }),
+        follow: async () => ({ close: () => undefined }),
+      },
+      clock,
+      log,
+      readers,
+      onChange: (workloads) => seen.push(...workloads),
+    });
+    await settle();
+    provider.stop();
+    expect(seen.at(-1)).toMatchObject({ name: 'web', groups: ['c0ffee'], wishes: { mptcp: true } });
+  });
+
+  it('is the uid of a pod in both spellings, and the ids of its containers whenever they change', async () => {
+    const clock = new FakeClock();
+    let seen: readonly Workload[] = [];
+    let change: (event: PodEvent) => void = () => undefined;
+    const pod = (...containers: readonly string[]): Pod => ({
+      uid: 'ab-cd',
+      name: 'shop/web',
+      annotations: { 'detour.dev/enable': 'true', 'detour.dev/mptcp': 'true' },
+      hostNetwork: false,
+      containers,
+    });
+    const provider = watchKubernetes({
+      pods: {
+        list: async (each) => {
+          each(pod('c1'));
+          return '1';
+        },
+        watch: (_, each) => {
+          change = each;
+          return { ended: new Promise(() => undefined), close: () => undefined };
+        },
+      },
+      processes: {
+        find: async (ids) => new Map([...ids].map((id) => [id, { pid: 7, path: '/proc/7/ns/net', namespace: '4:5' }])),
+      },
+      clock,
+      log,
+      readers,
+      onChange: (workloads) => {
+        seen = workloads;
+      },
+    });
+    await clock.advance(1_000);
+    expect(seen).toMatchObject([{ groups: ['podab-cd', 'podab_cd', 'c1'], wishes: { mptcp: true } }]);
+    change({ kind: 'changed', pod: pod('c2') });
+    await clock.advance(1_000);
+    expect(seen).toMatchObject([{ groups: ['podab-cd', 'podab_cd', 'c2'] }]);
+    provider.stop();
   });
 });
