@@ -88,6 +88,7 @@ packages() {
         need zstd zstd 'unpacks the kernel of the VM'
         need xz xz-utils 'unpacks its modules'
         need setpriv util-linux 'ends the VM with what started it'
+        need curl curl 'a client that knows nothing of Multipath TCP'
         vm=yes
         ;;
       cluster)
@@ -102,7 +103,7 @@ packages() {
     esac
   done
   install_wanted
-  if [ $vm = yes ]; then vm_system; fi
+  if [ $vm = yes ]; then vm_system; vm_nginx; fi
   if [ $plugins = yes ]; then
     # Debian 13 keeps the command line in a package of its own.
     if ! command -v docker >/dev/null; then wanted+=(docker-cli); say 'installing docker-cli: the docker command'; install_wanted; fi
@@ -160,6 +161,22 @@ plugins_from_trixie() {
 }
 
 # What the VM boots: Debian 13's kernel with its modules, and a static busybox to start it with, unpacked into the cache.
+vm_nginx() { # a server that knows nothing of Multipath TCP, for this machine's libraries
+  local nginx=${XDG_CACHE_HOME:-$HOME/.cache}/detour/nginx scratch sudo
+  [ ! -e "$nginx" ] || return 0
+  say "unpacking nginx into $nginx: a server for tests; installed, it would start here"
+  scratch=$(mktemp -d)
+  if ! (cd "$scratch" && apt-get download -qq nginx >/dev/null 2>&1); then
+    sudo=$(sudo_if_needed 'reading the package lists')
+    $sudo apt-get update -qq >&2
+    (cd "$scratch" && apt-get download -qq nginx >&2) || { rm -rf "$scratch"; die 'nginx could not be downloaded'; }
+  fi
+  dpkg-deb -x "$scratch"/nginx_*.deb "$scratch/unpacked"
+  mkdir -p "$(dirname "$nginx")"
+  mv "$scratch/unpacked" "$nginx"
+  rm -rf "$scratch"
+}
+
 vm_system() {
   local vm=${XDG_CACHE_HOME:-$HOME/.cache}/detour/vm
   [ ! -e "$vm/system" ] || return 0

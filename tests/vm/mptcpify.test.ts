@@ -18,10 +18,12 @@ import { ROOT_GROUP } from '../../appliance/client/switches.ts';
 import { systemGroups } from '../../appliance/kernel/cgroups.ts';
 import { systemClock } from '../../appliance/kernel/clock.ts';
 import { isPinned, openSwitches, type Switches } from '../../appliance/kernel/mptcpify.ts';
-import { type ExecResult, type Host, Lab, requireRoot, waitUntil } from '../lab/netns.ts';
+import { bpfObjects } from '../lab/bpf-objects.ts';
+import { type ExecResult, type Host, Lab, requireVm, waitUntil } from '../lab/netns.ts';
 import { switchCases } from '../lab/switch-cases.ts';
 import { startServer } from '../lab/traffic.ts';
 import { connectionIs, detoursAre, hostState, isInUse, pathBy, World } from '../netns/world.ts';
+import { loadModules } from './modules.ts';
 
 /** Plain TCP sockets that become Multipath TCP: needs a kernel that takes tracing programs, and the object of `make build`. */
 
@@ -55,23 +57,23 @@ async function mptcpSyns(host: Host): Promise<number> {
   return Number(values.split(' ')[at]);
 }
 
-/** Everything of BPF in this kernel that has our names. */
-async function bpfObjects(host: Host): Promise<string> {
-  const lists = await Promise.all(['prog', 'map', 'link'].map((kind) => host.exec(['bpftool', kind, 'list'])));
-  const own = lists.flatMap((text) => text.split('\n')).filter((line) => /mptcp/.test(line));
-  return [...own, ...(existsSync(PINS) ? readdirSync(PINS) : [])].join('\n');
-}
+/** Everything of ours in this kernel that is BPF. */
+const bpfLeft = (): string[] => [
+  ...bpfObjects().filter((name) => name.startsWith('mptcp')),
+  ...(existsSync(PINS) ? readdirSync(PINS) : []),
+];
 
-describe.runIf(requireRoot('tests of what becomes Multipath TCP'))('an unmodified program', () => {
+describe.runIf(requireVm('tests of what becomes Multipath TCP'))('an unmodified program', () => {
   let lab: Lab;
   let host: Host;
   let switches: Switches;
   const folders: string[] = [];
 
   beforeAll(async () => {
+    await loadModules();
     lab = await Lab.create('bpf');
     host = await lab.host('host');
-    expect(await bpfObjects(host)).toBe('');
+    expect(bpfLeft()).toEqual([]);
   });
   afterAll(() => lab?.[Symbol.asyncDispose]());
 
@@ -92,7 +94,7 @@ describe.runIf(requireRoot('tests of what becomes Multipath TCP'))('an unmodifie
   afterEach(async () => {
     switches?.close();
     for (const folder of folders.splice(0).reverse()) rmdirSync(folder);
-    expect(await bpfObjects(host)).toBe('');
+    expect(bpfLeft()).toEqual([]);
   });
 
   it.each([
@@ -256,18 +258,19 @@ describe.runIf(requireRoot('tests of what becomes Multipath TCP'))('an unmodifie
   });
 });
 
-describe.runIf(requireRoot('tests of detour load'))('`detour load`', () => {
+describe.runIf(requireVm('tests of detour load'))('`detour load`', () => {
   let world: World;
   let before: Record<string, string>;
 
   beforeAll(async () => {
+    await loadModules();
     world = await World.create('bpfload', { detours: 0 });
     before = await hostState(world.client);
   });
   afterAll(() => world?.[Symbol.asyncDispose]());
   afterEach(async () => {
     if (existsSync(PINS)) await world.command(['unload'], { DETOUR_MPTCPIFY: 'all' });
-    expect(await bpfObjects(world.client)).toBe('');
+    expect(bpfLeft()).toEqual([]);
     expect(await hostState(world.client)).toEqual(before);
   });
 
@@ -319,7 +322,7 @@ describe.runIf(requireRoot('tests of detour load'))('`detour load`', () => {
     expect(await agent.metrics()).toMatch(/detour_client_mptcpify_on 1\n/);
     await agent.program.stop();
     expect(await protocol()).toBe(TCP);
-    expect(await bpfObjects(world.client)).not.toBe('');
+    expect(bpfLeft()).not.toEqual([]);
   });
 
   it('outlives an agent that is killed, whose choices the next one forgets', async () => {
@@ -341,7 +344,7 @@ describe.runIf(requireRoot('tests of detour load'))('`detour load`', () => {
     expect((await agent.status()).mptcpify).toMatchObject({ state: 'on', by: 'agent' });
     expect(await protocol()).toBe(MPTCP);
     await agent.program.stop('SIGKILL');
-    await waitUntil(async () => (await bpfObjects(world.client)) === '', {
+    await waitUntil(() => bpfLeft().length === 0, {
       deadlineMs: 10_000,
       what: 'the program to go',
     });
@@ -369,17 +372,17 @@ describe.runIf(requireRoot('tests of detour load'))('`detour load`', () => {
     await load('+net_admin,+bpf,+perfmon');
     await world.command(['cleanup', 'client'], { DETOUR_MPTCPIFY: 'all' });
     expect(await protocol()).toBe(TCP);
-    expect(await bpfObjects(world.client)).toBe('');
+    expect(bpfLeft()).toEqual([]);
     expect(await hostState(world.client)).toEqual(before);
   });
 });
 
-/** Debian's, unpacked and not installed: installed it would start on this machine (tests/lab/host.sh packages vm). */
-const NGINX = join(process.env.XDG_CACHE_HOME ?? join(homedir(), '.cache'), 'detour/unpacked/nginx/usr/sbin/nginx');
+/** Debian's, unpacked by `tests/lab/host.sh packages vm`: installed it would start on this machine. */
+const NGINX = join(process.env.XDG_CACHE_HOME ?? join(homedir(), '.cache'), 'detour/nginx/usr/sbin/nginx');
 const SIZE = 30_000_000;
 const RATE_MBIT = 10;
 
-describe.runIf(requireRoot("tests of Debian's curl and nginx"))("Debian's curl and nginx, both as they are", () => {
+describe.runIf(requireVm("tests of Debian's curl and nginx"))("Debian's curl and nginx, both as they are", () => {
   let world: World;
   let folder: string;
   let sha256: string;
@@ -387,6 +390,7 @@ describe.runIf(requireRoot("tests of Debian's curl and nginx"))("Debian's curl a
   const serverSide = { DETOUR_ROLE: 'server', DETOUR_MPTCPIFY: 'all' };
 
   beforeAll(async () => {
+    await loadModules();
     if (!existsSync(NGINX)) throw new Error(`${NGINX} is missing: tests/lab/host.sh packages vm`);
     world = await World.create('curl', { rateMbit: RATE_MBIT });
     folder = mkdtempSync(join(tmpdir(), 'detour-nginx-'));
@@ -424,7 +428,7 @@ http {
   async function fetch(): Promise<number> {
     const file = join(folder, 'got');
     const command = ['curl', '-sS', '-o', file, '-w', '%{speed_download}', `http://${SERVER}/file`];
-    const speed = await world.client.exec(command, { timeoutMs: 120_000 });
+    const speed = await world.client.exec(command, { timeoutMs: 60_000 });
     expect(createHash('sha256').update(readFileSync(file)).digest('hex')).toBe(sha256);
     return Number(speed) * 8;
   }
@@ -436,16 +440,10 @@ http {
     const agent = await world.startAgent({ DETOUR_MPTCPIFY: 'all' });
     await detoursAre(agent.status, 'up');
     const fetching = fetch();
-    await connectionIs(
-      agent.status,
-      SERVER,
-      'both ways to carry',
-      (one) => {
-        const carried = (detour: string | null): number => pathBy(one, detour)?.deliveredBytes ?? 0;
-        return one.paths.filter(isInUse).length === 2 && carried(null) > SIZE / 10 && carried('detour1') > SIZE / 10;
-      },
-      60_000,
-    );
+    await connectionIs(agent.status, SERVER, 'both ways to carry', (one) => {
+      const carried = (detour: string | null): number => pathBy(one, detour)?.deliveredBytes ?? 0;
+      return one.paths.filter(isInUse).length === 2 && carried(null) > SIZE / 10 && carried('detour1') > SIZE / 10;
+    });
     const both = await fetching;
     const mbit = (rate: number): string => (rate / 1e6).toFixed(1);
     console.log(
@@ -464,6 +462,6 @@ http {
     expect(await mptcpSyns(world.client)).toBe(before + 1);
     await agent.program.stop();
     await stopNginx();
-    expect(await bpfObjects(world.client)).toBe('');
+    expect(bpfLeft()).toEqual([]);
   });
 });
