@@ -493,6 +493,7 @@ export class Keeper {
       return;
     }
     const restored = await this.#compare();
+    this.#notices.count('rules_restored');
     this.#ports.log.warn('rules-restored', { found: what, leases: restored }, 'somebody changed our rules; restored');
   }
 

@@ -691,6 +691,7 @@ describe('what somebody else changes', () => {
     expect(remaining).toBeLessThan(575);
     expect(nft.rules('forwarded')).toHaveLength(rules);
     expect(bench.events('rules-restored')).toMatchObject([{ level: 'warn', found }]);
+    expect(router.counters.get('rules_restored')).toBe(1);
     await router.drain();
     expect((await bench.start()).epoch).toBe(epoch);
   });
