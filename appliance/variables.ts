@@ -142,7 +142,9 @@ function portRange(text: string): PortRange | null {
 
 /** `1.2.3.4:5`, `[v6]:5`, `:5` (every address), `localhost:5`. */
 function listenAddress(text: string): Endpoint {
-  const spelled = text.startsWith(':') ? `[::]${text}` : text.replace(/^localhost:/i, '127.0.0.1:');
+  // In brackets whichever family it has: that is how Kubernetes can be told to fill it in, as [$(POD_IP)]:PORT.
+  const bare = text.replace(/^\[([\d.]+)\]/, '$1');
+  const spelled = bare.startsWith(':') ? `[::]${bare}` : bare.replace(/^localhost:/i, '127.0.0.1:');
   return parseEndpoint(spelled) ?? refuse('must be ADDRESS:PORT with a literal address, or :PORT for every address');
 }
 

@@ -131,6 +131,7 @@ describe('values', () => {
     ['DETOUR_LISTEN', ':1000', '[::]:1000'],
     ['DETOUR_LISTEN', '[2001:db8::1]:5', '[2001:db8::1]:5'],
     ['DETOUR_LISTEN', 'localhost:5', '127.0.0.1:5'],
+    ['DETOUR_LISTEN', '[192.0.2.1]:5', '192.0.2.1:5'],
   ])('%s=%s means %s', (name, text, expected) => {
     expect(formatEndpoint(router({ [name]: text }).settings.listen)).toBe(expected);
   });
