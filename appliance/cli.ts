@@ -7,7 +7,7 @@ import { randomBytes } from 'node:crypto';
 import { hostname, networkInterfaces } from 'node:os';
 import { parseArgs } from 'node:util';
 import { examine, presentChecks, type Subject } from './doctor.ts';
-import { type ExitCode, Fatal } from './exit.ts';
+import { type ExitCode, Fatal, STOP_DEADLINE_MS } from './exit.ts';
 import { INVITE_FORMATS, renderInvite } from './invite.ts';
 import { systemClock } from './kernel/clock.ts';
 import { udpDatagrams } from './kernel/datagrams.ts';
@@ -61,8 +61,6 @@ Settings are environment variables, DETOUR_*; each also as DETOUR_*_FILE. The li
 Exit codes: 0 fine, 1 failed, 64 bad usage, 69 the machine lacks something, 78 bad configuration.
 `;
 
-/** Docker kills after 10 s. */
-const STOP_DEADLINE_MS = 8_000;
 const CRASH_DEADLINE_MS = 3_000;
 
 class Usage extends Fatal {
