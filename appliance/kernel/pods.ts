@@ -163,7 +163,7 @@ function complaint(status: number, text: string, node: string): string {
   }
   if (status === 401) return 'the API server does not accept the token of this service account';
   if (status === 403)
-    return `the service account may not list and watch pods of node ${node} (apply k8s/base/rbac.yaml): ${said}`;
+    return `the service account may not list and watch pods of node ${node} (apply k8s/overlays/pods/rbac.yaml): ${said}`;
   return `the API server answers with status ${status}${said === '' ? '' : `: ${said}`}`;
 }
 
