@@ -69,6 +69,8 @@ const OLDEST_KERNEL = [6, 6] as const;
 const OLDEST_NFT = [1, 0] as const;
 /** linux/capability.h */
 const CAP_NET_ADMIN = 12n;
+const CAP_SYS_PTRACE = 19n;
+const CAP_SYS_ADMIN = 21n;
 /** A router grants no new lease above this share of the connection table (docs/protocol.md). */
 const CONNTRACK_FULL = 0.85;
 const CONNTRACK_BUSY = 0.6;
@@ -94,6 +96,7 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
     clockCheck(ports.clock),
   ];
   if (client) checks.push(mptcp(machine, client, place), pathManager(machine, client, place, subject.running.client));
+  if (client?.providers.some((name) => name !== 'host')) checks.push(workloads(machine, client, place));
   if (client?.rescue) checks.push(rescue(machine));
   if (client?.interfaces) checks.push(interfaces(machine, client.interfaces));
   if (router) {
@@ -144,10 +147,13 @@ async function kernel(machine: Machine, needsMptcp: boolean): Promise<readonly C
     : [warn('kernel', `Linux ${release}; the router is tested with ${wanted}`, remedy)];
 }
 
-async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
+async function isCapable(machine: Machine, capability: bigint): Promise<boolean> {
   const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec((await machine.read('/proc/self/status')) ?? '')?.[1];
-  if (effective !== undefined && (BigInt(`0x${effective}`) >> CAP_NET_ADMIN) & 1n)
-    return [ok('net-admin', 'CAP_NET_ADMIN is there')];
+  return effective !== undefined && ((BigInt(`0x${effective}`) >> capability) & 1n) === 1n;
+}
+
+async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
+  if (await isCapable(machine, CAP_NET_ADMIN)) return [ok('net-admin', 'CAP_NET_ADMIN is there')];
   const fix = {
     host: ['run it as root: sudo detour ...'],
     docker: ['docker run: --cap-drop ALL --cap-add NET_ADMIN (and no --user)', 'compose: cap_add: [NET_ADMIN]'],
@@ -250,7 +256,9 @@ async function pathManager(
     ];
   }
   const checks: Check[] = [];
-  if (running && selected !== 'userspace') {
+  if (!client.providers.includes('host')) {
+    checks.push(ok('path-manager', `${selected} here, which is left alone: workloads are served in theirs`));
+  } else if (running && selected !== 'userspace') {
     checks.push(
       fail(
         'path-manager',
@@ -276,14 +284,17 @@ async function pathManager(
 
   if (await machine.writable(under(root, parameter))) checks.push(ok('sysctl', `${parameter} can be written`));
   else {
+    // Of other namespaces than this one, the folder above shows the right one.
+    const folder = client.providers.some((name) => name !== 'host') ? 'net' : 'net/mptcp';
+    const mount = `/proc/sys/${folder}:/host/proc/sys/${folder}`;
     const fix = {
       host: ['run it as root: sudo detour ...'],
       docker: [
-        'docker run: -v /proc/sys/net/mptcp:/host/proc/sys/net/mptcp -e DETOUR_SYSCTL_ROOT=/host/proc/sys',
-        'compose: volumes: ["/proc/sys/net/mptcp:/host/proc/sys/net/mptcp"], environment: {DETOUR_SYSCTL_ROOT: /host/proc/sys}',
+        `docker run: -v ${mount} -e DETOUR_SYSCTL_ROOT=/host/proc/sys`,
+        `compose: volumes: ["${mount}"], environment: {DETOUR_SYSCTL_ROOT: /host/proc/sys}`,
       ],
       kubernetes: [
-        'a hostPath volume of /proc/sys/net/mptcp, mounted at /host/proc/sys/net/mptcp, and env DETOUR_SYSCTL_ROOT=/host/proc/sys',
+        `a hostPath volume of /proc/sys/${folder}, mounted at /host/proc/sys/${folder}, and env DETOUR_SYSCTL_ROOT=/host/proc/sys`,
       ],
     };
     const harmless = selected === 'userspace';
@@ -297,6 +308,44 @@ async function pathManager(
   }
   checks.push(...(await rivals(machine)));
   return checks;
+}
+
+/** What it takes to serve other network namespaces than this one. */
+async function workloads(machine: Machine, client: ClientHostSettings, place: Place): Promise<readonly Check[]> {
+  const needed = [
+    ['SYS_ADMIN', CAP_SYS_ADMIN],
+    // Docker keeps a file for each namespace; those of pods are behind their processes.
+    ...(client.providers.includes('kubernetes') ? [['SYS_PTRACE', CAP_SYS_PTRACE] as const] : []),
+  ] as const;
+  const missing: string[] = [];
+  for (const [name, capability] of needed) if (!(await isCapable(machine, capability))) missing.push(name);
+  const checks: Check[] = [];
+  if (missing.length > 0) {
+    const fix = {
+      host: ['run it as root: sudo detour ...'],
+      docker: [`docker run: ${missing.map((name) => `--cap-add ${name}`).join(' ')}`],
+      kubernetes: ['use the overlay k8s/overlays/pods, or its file k8s/detour-client.yaml'],
+    };
+    checks.push({
+      ...fail('workloads', `without ${missing.join(' and ')} the networks of workloads cannot be entered`),
+      fix: fix[place],
+    });
+  }
+  // A mount of that folder alone shows the namespace in which it was mounted, whoever looks (docs/kernel-notes.md).
+  const folder = under(client.sysctlRoot, 'net.mptcp');
+  const mounts = (await machine.read('/proc/self/mountinfo')) ?? '';
+  if (mounts.split('\n').some((line) => line.split(' ')[4] === folder)) {
+    const fix = {
+      host: [`umount ${folder}`],
+      docker: [`docker run: -v /proc/sys/net:${client.sysctlRoot}/net`],
+      kubernetes: [`a hostPath volume of /proc/sys/net, mounted at ${client.sysctlRoot}/net`],
+    };
+    checks.push({
+      ...fail('workloads', `${folder} is mounted by itself: it is that of one network in all of them`),
+      fix: fix[place],
+    });
+  }
+  return checks.length > 0 ? checks : [ok('workloads', 'their networks can be entered')];
 }
 
 /** As `redirect.ts` of the client will say; with --check the kernel says what it would do, and does nothing. */

@@ -243,6 +243,48 @@ describe('client', () => {
   });
 });
 
+describe('workloads', () => {
+  const serving = (providers: string): Partial<Subject> => ({
+    client: loadClientHostSettings({
+      ...sources,
+      env: { DETOUR_PROVIDERS: providers, DETOUR_SYSCTL_ROOT: '/host/proc/sys' },
+    }).settings,
+    running: { router: false, client: true },
+  });
+  const files = {
+    '/host/proc/sys/net/mptcp/enabled': '1\n',
+    '/host/proc/sys/net/mptcp/path_manager': 'kernel\n',
+    // NET_ADMIN, SYS_PTRACE and SYS_ADMIN.
+    '/proc/self/status': 'CapEff:\t0000000000281000\n',
+    '/proc/self/mountinfo': '27 1 0:22 /sys/net /host/proc/sys/net rw - proc proc rw\n',
+  };
+  const writable = ['/host/proc/sys/net/mptcp/path_manager'];
+
+  it('are served in their namespaces, and the path manager of this one is nothing to look at', async () => {
+    const checks = await diagnose({ files, writable }, serving('kubernetes'), true);
+    expect(sick(checks)).toEqual([]);
+    expect(checks).toContainEqual(expect.objectContaining({ name: 'workloads', state: 'ok' }));
+    expect(await only({ files, writable }, serving('host,kubernetes'), true)).toMatchObject({ name: 'path-manager' });
+  });
+
+  it.each([
+    ['kubernetes', '0000000000001000', /without SYS_ADMIN and SYS_PTRACE/],
+    ['kubernetes', '0000000000201000', /without SYS_PTRACE/],
+    ['docker', '0000000000001000', /without SYS_ADMIN the/],
+  ])('of %s with capabilities %s', async (providers, effective, detail) => {
+    const status = { ...files, '/proc/self/status': `CapEff:\t${effective}\n` };
+    const check = await only({ files: status, writable }, serving(providers), true);
+    expect(check).toMatchObject({ name: 'workloads', state: 'fail', detail: expect.stringMatching(detail) });
+    expect(check.fix.join()).toContain('k8s/overlays/pods');
+  });
+
+  it('need the sysctls of their own namespaces', async () => {
+    const narrow = '27 1 0:22 /sys/net/mptcp /host/proc/sys/net/mptcp rw - proc proc rw\n';
+    const check = await only({ files: { ...files, '/proc/self/mountinfo': narrow }, writable }, serving('docker'));
+    expect(check).toMatchObject({ name: 'workloads', state: 'fail', fix: ['umount /host/proc/sys/net/mptcp'] });
+  });
+});
+
 describe('rescue', () => {
   it('is not looked at unless it is on', async () => {
     expect((await diagnose()).some(({ name }) => name === 'rescue')).toBe(false);
