@@ -20,12 +20,15 @@ export const RENDERED: Readonly<Record<string, string>> = {
   'detour-server.yaml': 'server',
 };
 
-/** Everything that kustomize makes of an overlay. Brings kubectl when it is not there yet. Throws what kubectl says. */
-export async function render(overlay: string): Promise<string> {
+/** What kustomize makes of a folder. Brings kubectl when it is not there yet. Throws what kubectl says. */
+export async function kustomize(folder: string): Promise<string> {
   if (!existsSync(kubectl)) await run(join(root, 'tests/lab/host.sh'), ['unpack', 'trixie', tool, 'kubectl']);
-  const { stdout } = await run(kubectl, ['kustomize', join(root, 'k8s/overlays', overlay)]);
+  const { stdout } = await run(kubectl, ['kustomize', folder]);
   return stdout;
 }
+
+/** What it makes of one of the overlays. */
+export const render = (overlay: string): Promise<string> => kustomize(join(root, 'k8s/overlays', overlay));
 
 /** The text of a file of `RENDERED`. */
 export async function renderFile(overlay: string): Promise<string> {

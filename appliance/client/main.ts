@@ -15,7 +15,7 @@ import { remedyOf, systemNft } from '../kernel/nft.ts';
 import { type ApiServer, podsOf } from '../kernel/pods.ts';
 import { systemProcesses } from '../kernel/processes.ts';
 import { systemSchedule } from '../kernel/schedule.ts';
-import { procSysctl } from '../kernel/sysctl.ts';
+import { isOfOneNamespace, procSysctl } from '../kernel/sysctl.ts';
 import { openTranslations } from '../kernel/translations.ts';
 import { systemWeb } from '../kernel/web.ts';
 import { type Log, logWith } from '../log.ts';
@@ -109,6 +109,7 @@ function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Plac
 async function openProviders(settings: ClientSettings, log: Log): Promise<DaemonPorts['providers']> {
   const { providers } = settings;
   if (providers.every((name) => name === 'host')) return [];
+  mayWriteTheirs(settings);
   await mayEnter(providers);
   const clock = systemClock;
   const readers = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
@@ -126,6 +127,16 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
     watchers.push((onChange) => watchKubernetes({ pods, processes, clock, log, readers, onChange }));
   }
   return watchers;
+}
+
+/** Through the mount that is enough for a host, the host's own path manager would be selected for each workload. */
+function mayWriteTheirs({ providers, sysctlRoot }: ClientSettings): void {
+  if (!isOfOneNamespace(sysctlRoot)) return;
+  throw new Fatal(
+    78,
+    `DETOUR_PROVIDERS=${providers.join(',')}: ${sysctlRoot}/net/mptcp is mounted by itself, which shows one namespace in all of them. ` +
+      `docker: -v /proc/sys/net:${sysctlRoot}/net; Kubernetes: use the overlay k8s/overlays/pods`,
+  );
 }
 
 /** Entering another namespace takes a capability that serving one's own does not; better to hear of it at once. */

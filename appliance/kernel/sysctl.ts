@@ -59,3 +59,14 @@ export function procSysctl(root: string, namespace: Namespace = ownNamespace): S
     },
   };
 }
+
+/**
+ * Whether `net/mptcp` below `root` is mounted by itself: it is then that of the namespace in which that was done, whoever looks, and
+ * not of the one that is looked from, as it is below a mount of `net` (docs/kernel-notes.md).
+ */
+export function isOfOneNamespace(root: string): boolean {
+  const folder = join(root, 'net/mptcp');
+  return readFileSync('/proc/self/mountinfo', 'utf8')
+    .split('\n')
+    .some((line) => line.split(' ')[4] === folder);
+}
