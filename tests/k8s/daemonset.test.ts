@@ -332,11 +332,10 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('the agent of every
     expect(await logged('crashed', two)).toEqual([]);
   });
 
-  it('leaves every namespace as it found it when the DaemonSet is deleted, and the transfer in it alone', async () => {
+  it('leaves every namespace as it found it when it is uninstalled, and a transfer alone', async () => {
     const transfer = world.transfer('served1', SOME * 2);
     await carries('served1');
-    await world.cluster.kubectl(['-n', NAMESPACE, 'delete', 'daemonset', 'detour-client']);
-    await world.agentsAreGone();
+    await world.delete('detour-client.yaml');
     expect(await state()).toEqual(before);
     isWhole(await transfer, SOME * 2);
   });

@@ -1,4 +1,6 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { render } from '../../k8s/render.ts';
+import { readManifests } from '../lab/manifests.ts';
 import { type Host, requireRoot } from '../lab/netns.ts';
 import { expectedSha256 } from '../lab/traffic.ts';
 import { hostState, makeKey } from '../netns/world.ts';
@@ -11,6 +13,12 @@ const ROUTERS = `detour-router.${NAMESPACE}.svc.cluster.local`;
 
 const settings = (name: string, data: Readonly<Record<string, string>>): string =>
   JSON.stringify({ apiVersion: 'v1', kind: 'ConfigMap', metadata: { name, namespace: NAMESPACE }, data });
+
+/** What we could change on a node, without what changes while pods come and go, and without counters. */
+async function state(host: Host): Promise<Record<string, string>> {
+  const { links: _, routes: __, ...rest } = await hostState(host);
+  return { ...rest, ruleset: await host.exec(['nft', '--stateless', 'list', 'ruleset']) };
+}
 
 describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () => {
   const scope = new AsyncDisposableStack();
@@ -31,12 +39,6 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
 
   describe('the agent of the overlay host', () => {
     let before: Record<string, string>[];
-    /** Without what changes while pods come and go, and without counters. */
-    const state = async (host: Host): Promise<Record<string, string>> => {
-      const { links: _, routes: __, ...rest } = await hostState(host);
-      return { ...rest, ruleset: await host.exec(['nft', '--stateless', 'list', 'ruleset']) };
-    };
-
     beforeAll(async () => {
       const [one, two] = world.nodes;
       await world.cluster.apply(podManifest('on-node', one, {}, { hostNetwork: true }));
@@ -96,11 +98,31 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
     });
   });
 
+  describe('the overlay monitoring', () => {
+    it('is read, and probed, at the addresses of the nodes', async () => {
+      await world.cluster.apply(await world.invitation());
+      // The objects of prometheus-operator are for clusters that have it.
+      const objects = readManifests(await render('monitoring')).filter(({ kind }) => !/^(Pod|Prometheus)/.test(kind));
+      await world.cluster.apply(objects.map((object) => JSON.stringify(object)).join('\n---\n'));
+      await world.rolledOut();
+      for (const { name } of world.nodes) {
+        const address = (await world.pods('detour-client'))[name]?.status.podIP;
+        const ask = `fetch('http://${address}:9468/metrics').then((answer) => answer.text()).then(console.log)`;
+        expect(await world.cluster.control.exec([process.execPath, '--eval', ask])).toContain(
+          'detour_client_connections',
+        );
+      }
+      await deleteAgents();
+    });
+  });
+
   describe('routers on labelled nodes', () => {
     const key = makeKey('0c0c0c0c');
+    let before: Record<string, string>;
 
     beforeAll(async () => {
       const [, two] = world.nodes;
+      before = await state(two.host);
       const secret = (name: string, stringData: object): string =>
         JSON.stringify({ apiVersion: 'v1', kind: 'Secret', metadata: { name, namespace: NAMESPACE }, stringData });
       await world.cluster.kubectl(['label', 'node', two.name, 'detour.dev/router=true']);
@@ -172,6 +194,16 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
         150_000,
       );
       expect(await world.agentOf(one)).toBe(agent);
+    });
+
+    it('leave nothing on their nodes when they are told so and uninstalled', async () => {
+      const [, two] = world.nodes;
+      expect(await state(two.host)).not.toEqual(before);
+      await world.cluster.apply(settings('detour-router', { DETOUR_ALLOW: '10.81.0.0/30', DETOUR_ON_EXIT: 'cleanup' }));
+      await world.cluster.kubectl(['-n', NAMESPACE, 'rollout', 'restart', 'daemonset/detour-router']);
+      await world.rolledOut('detour-router');
+      await world.delete('detour-router.yaml');
+      expect(await state(two.host)).toEqual(before);
     });
   });
 });

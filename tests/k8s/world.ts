@@ -29,6 +29,8 @@ export const DETOUR = '10.82.0.2';
 
 /** Of each of the ways to the server, Mbit/s: a transfer takes long enough for something to happen in it. */
 const RATE_MBIT = 20;
+/** Node by node; on a busy machine a kubelet has been seen to take a minute to bring a pod. */
+const ROLLOUT_DEADLINE_MS = 200_000;
 
 /** As much of the agent's status as is looked at here. */
 export type AgentStatus = {
@@ -74,6 +76,16 @@ export type Pod = {
       readonly state: ContainerState;
       readonly lastState: ContainerState;
     }[];
+  };
+};
+
+type DaemonSet = {
+  readonly metadata: { readonly generation: number };
+  readonly status: {
+    readonly observedGeneration: number;
+    readonly desiredNumberScheduled: number;
+    readonly updatedNumberScheduled?: number;
+    readonly numberAvailable?: number;
   };
 };
 
@@ -150,6 +162,11 @@ export class ClusterWorld implements AsyncDisposable {
     return this.cluster.apply(readFileSync(join(root, 'k8s', file), 'utf8'));
   }
 
+  /** Deletes what a file of k8s/ names, its namespace with all that is in it among that, and waits until it is gone. */
+  async delete(file: string): Promise<void> {
+    await this.cluster.kubectl(['delete', '--filename', join(root, 'k8s', file)]);
+  }
+
   /** The pods of one of our DaemonSets, by their nodes; only those that are there to stay. */
   async pods(name: 'detour-client' | 'detour-router'): Promise<Readonly<Record<string, Pod>>> {
     const path = `/api/v1/namespaces/${NAMESPACE}/pods?labelSelector=app.kubernetes.io/name=${name}`;
@@ -197,9 +214,23 @@ export class ClusterWorld implements AsyncDisposable {
     return JSON.parse(printed.split('\n').at(-1) ?? '');
   }
 
-  /** Waits until every pod of the DaemonSet is the newest one, and ready. */
+  /** Waits until every pod of a DaemonSet is the newest one, and ready. */
   async rolledOut(name = 'detour-client'): Promise<void> {
-    await this.cluster.kubectl(['-n', NAMESPACE, 'rollout', 'status', `daemonset/${name}`, '--timeout=100s']);
+    const path = `/apis/apps/v1/namespaces/${NAMESPACE}/daemonsets/${name}`;
+    await this.cluster.waitFor(
+      `${name} to be rolled out`,
+      async () => {
+        const { metadata, status } = await this.cluster.get<DaemonSet>(path);
+        const { desiredNumberScheduled: desired, updatedNumberScheduled: updated, numberAvailable: available } = status;
+        return (
+          status.observedGeneration === metadata.generation &&
+          desired > 0 &&
+          updated === desired &&
+          available === desired
+        );
+      },
+      ROLLOUT_DEADLINE_MS,
+    );
   }
 
   /** Waits until the agent of a node says of a pod what `holds` asks. */
