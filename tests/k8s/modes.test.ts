@@ -102,8 +102,8 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
     it('is read, and probed, at the addresses of the nodes', async () => {
       await world.cluster.apply(await world.invitation());
       // The objects of prometheus-operator are for clusters that have it.
-      const objects = readManifests(await render('monitoring')).filter(({ kind }) => !/^(Pod|Prometheus)/.test(kind));
-      await world.cluster.apply(objects.map((object) => JSON.stringify(object)).join('\n---\n'));
+      const items = readManifests(await render('monitoring')).filter(({ kind }) => !/^(Pod|Prometheus)/.test(kind));
+      await world.cluster.apply(JSON.stringify({ apiVersion: 'v1', kind: 'List', items }));
       await world.rolledOut();
       for (const { name } of world.nodes) {
         const address = (await world.pods('detour-client'))[name]?.status.podIP;
