@@ -104,7 +104,9 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('the agent of every
 
   /** What an agent has logged about pods: the event, and of which pod. */
   async function logged(event: string, node = world.nodes[0]): Promise<{ workload: string; complaint?: string }[]> {
-    const lines = (await world.cluster.logs(await world.agentOf(node))).trim().split('\n');
+    const text = await world.cluster.logs(await world.agentOf(node));
+    // Kubelets and engines put words of their own between the lines now and then.
+    const lines = text.split('\n').filter((line) => line.startsWith('{'));
     return lines.map((line) => JSON.parse(line)).filter((entry) => entry.event === event);
   }
 

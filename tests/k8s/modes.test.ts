@@ -26,7 +26,11 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
 
   beforeAll(async () => {
     world = scope.use(await ClusterWorld.create('modes'));
+    const [one] = world.nodes;
     await world.startRouter();
+    await world.cluster.apply(podManifest('on-node', one, {}, { hostNetwork: true }));
+    await world.cluster.apply(podManifest('other', one, ENABLED));
+    await world.cluster.kubectl(['wait', 'pod', '--all', '--for=condition=Ready', '--timeout=60s']);
     await world.cluster.apply(await world.invitation());
   });
   afterAll(() => scope.disposeAsync());
@@ -41,9 +45,6 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
     let before: Record<string, string>[];
     beforeAll(async () => {
       const [one, two] = world.nodes;
-      await world.cluster.apply(podManifest('on-node', one, {}, { hostNetwork: true }));
-      await world.cluster.apply(podManifest('other', one, ENABLED));
-      await world.cluster.kubectl(['wait', 'pod', '--all', '--for=condition=Ready', '--timeout=60s']);
       before = [await state(one.host), await state(two.host)];
       await world.apply('detour-client-host.yaml');
       await world.rolledOut();
@@ -95,6 +96,30 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
       expect(message).toMatch(/DETOUR_MODE="fast": must be one of/);
       expect(message).toMatch(/DETOUR_DETOURS: is required/);
       await deleteAgents();
+    });
+  });
+
+  describe('one agent for nodes and pods', () => {
+    it('serves both at once', async () => {
+      const [one] = world.nodes;
+      await world.cluster.apply(await world.invitation());
+      await world.apply('detour-client.yaml');
+      await world.cluster.kubectl([
+        '-n',
+        NAMESPACE,
+        'set',
+        'env',
+        'daemonset/detour-client',
+        'DETOUR_PROVIDERS=host,kubernetes',
+      ]);
+      await world.rolledOut();
+      await world.served(one, 'default/other');
+      for (const pod of ['on-node', 'other']) {
+        const { paths } = await world.transfer(pod, SOME);
+        expect(paths.find(({ remote }) => remote === DETOUR)?.bytes).toBeGreaterThan(0);
+      }
+      await deleteAgents();
+      for (const { host } of world.nodes) expect(await host.sysctl('net.mptcp.path_manager')).toBe('kernel');
     });
   });
 
