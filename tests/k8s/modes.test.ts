@@ -192,15 +192,17 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
       const [, two] = world.nodes;
       const router = (await world.pods('detour-router'))[two.name];
       const transfer = world.transfer('guest', 4 * SOME);
-      await world.cluster.waitFor('a path through it', async () => {
-        const { connections } = await world.status(world.nodes[0]);
-        return connections.some(({ paths }) =>
-          paths.some(({ kind, deliveredBytes }) => kind === 'nat' && deliveredBytes > 0),
-        );
+      await world.whileSlow(async () => {
+        await world.cluster.waitFor('a path through it', async () => {
+          const { connections } = await world.status(world.nodes[0]);
+          return connections.some(({ paths }) =>
+            paths.some(({ kind, deliveredBytes }) => kind === 'nat' && deliveredBytes > 0),
+          );
+        });
+        await world.cluster.kubectl(['-n', NAMESPACE, 'rollout', 'restart', 'daemonset/detour-router']);
+        await world.rolledOut('detour-router');
+        expect((await world.pods('detour-router'))[two.name]?.metadata.uid).not.toBe(router?.metadata.uid);
       });
-      await world.cluster.kubectl(['-n', NAMESPACE, 'rollout', 'restart', 'daemonset/detour-router']);
-      await world.rolledOut('detour-router');
-      expect((await world.pods('detour-router'))[two.name]?.metadata.uid).not.toBe(router?.metadata.uid);
       const result = await transfer;
       expect(result).toMatchObject({ mptcp: true, sha256: expectedSha256('detour', 4 * SOME) });
       expect(result.paths.find(({ remote }) => remote === router?.status.podIP)?.bytes).toBeGreaterThan(SOME);
