@@ -11,6 +11,7 @@ import {
   formatEndpoint,
   formatPrefix,
   type PortRange,
+  type Prefix,
 } from './protocol/address.ts';
 import { BOTH, maskUrl, Refused, ROWS, refuse, TABLE, type Variable } from './variables.ts';
 
@@ -41,6 +42,16 @@ export type RouterSettings = CommonSettings & {
   readonly leaseTime: number;
   readonly legacyV1: boolean;
   readonly onExit: 'keep' | 'cleanup';
+  /** Null while it offers no tunnels. */
+  readonly vpn: VpnSettings | null;
+};
+
+/** What a router says of its tunnels. At least one family is carried. */
+export type VpnSettings = {
+  /** UDP port. */
+  readonly port: number;
+  readonly v4: Prefix | null;
+  readonly v6: Prefix | null;
 };
 
 /** Where detours come from. */
@@ -402,6 +413,12 @@ function crossCheck(role: Role, get: <T>(row: Variable<T>) => T): readonly Probl
       line: `DETOUR_PORTS="${ports.first}-${ports.last}": contains ${http.port}, the port of DETOUR_HTTP=${formatEndpoint(http)}; move one of them`,
     });
   }
+  if (get(TABLE.vpn) && get(TABLE.vpnPort) === listen.port) {
+    problems.push({
+      variable: TABLE.vpnPort.name,
+      line: `DETOUR_VPN_PORT="${listen.port}": is the control port of DETOUR_LISTEN, and both are UDP; for example DETOUR_VPN_PORT=${TABLE.vpnPort.default}`,
+    });
+  }
   const spell = (rule: DestinationRule): string =>
     `${formatPrefix(rule.prefix)}${rule.ports.map(({ first, last }) => `:${first}-${last}`).join('')}`;
   const denied = new Set(get(TABLE.deny).map(spell));
@@ -469,6 +486,7 @@ export function loadRouterSettings(sources: Sources, options: Partial<Options> =
     leaseTime: get(TABLE.leaseTime),
     legacyV1: get(TABLE.legacyV1),
     onExit: get(TABLE.onExit),
+    vpn: get(TABLE.vpn) ? { port: get(TABLE.vpnPort), ...get(TABLE.vpnNetwork) } : null,
   };
   return freeze({ settings, shown, warnings });
 }

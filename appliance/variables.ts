@@ -9,6 +9,7 @@ import {
   type Endpoint,
   formatPrefix,
   type PortRange,
+  type Prefix,
   parseAddress,
   parseEndpoint,
   parsePrefix,
@@ -164,6 +165,27 @@ function destination(item: string): DestinationRule {
   const ports = v6ports ?? cidrports ?? v4ports;
   if (ports === undefined) return { prefix, ports: [] };
   return { prefix, ports: [portRange(ports) ?? refuse(`has "${item}", whose ports are no PORT or FIRST-LAST`)] };
+}
+
+/** Networks for tunnels, by the room that they leave: at least one client beside the router, at most a /8 of the IPv4 Internet. */
+const VPN_LENGTHS = { 4: { least: 8, most: 30 }, 6: { least: 16, most: 126 } } as const;
+
+function vpnNetworks(text: string): { readonly v4: Prefix | null; readonly v6: Prefix | null } {
+  const found = list(text, (item) => {
+    const prefix = parsePrefix(item) ?? refuse(`has "${item}", which is no CIDR, or has bits beyond its length`);
+    const { least, most } = VPN_LENGTHS[prefix.address.family];
+    if (prefix.length < least || prefix.length > most)
+      refuse(`has "${item}", whose length is not from ${least} to ${most}`);
+    const closed = NEVER_OPEN.find((never) => contains(never, prefix.address) || contains(prefix, never.address));
+    return closed ? refuse(`has "${item}", which overlaps with ${formatPrefix(closed)}`) : prefix;
+  });
+  const of = (family: 4 | 6): Prefix | null => {
+    const all = found.filter(({ address }) => address.family === family);
+    if (all.length > 1) refuse(`has more than one IPv${family} network`);
+    return all[0] ?? null;
+  };
+  const networks = { v4: of(4), v6: of(6) };
+  return found.length === 0 ? refuse('names no network') : networks;
 }
 
 /** What no `DETOUR_ALLOW` can open; the same list as `NEVER` of router/policy.ts, which enforces it (a unit test compares). */
@@ -540,28 +562,27 @@ export const TABLE = {
     name: 'DETOUR_VPN',
     roles: ['router'],
     default: 'off',
-    unavailable: true,
-    doc: '`wireguard` offers tunnels. Not available in this version.',
-    example: 'off',
-    parse: offYet,
+    doc: '`wireguard` also offers tunnels to clients: for networks where only UDP passes, and to hide destinations from them. Needs WireGuard in the kernel, or /dev/net/tun; see docs/vpn.md.',
+    example: 'wireguard',
+    parse: (text) => oneOf('off', 'wireguard')(text) === 'wireguard',
   }),
   vpnNetwork: variable({
     name: 'DETOUR_VPN_NETWORK',
     roles: ['router'],
     default: '10.215.0.0/16,fd0d:e70::/48',
-    unavailable: true,
-    doc: 'Networks of the tunnels. Not available in this version.',
+    doc:
+      'Addresses inside the tunnels, one IPv4 and/or one IPv6 network, whose first addresses are the router; no network of its own may overlap. ' +
+      'Clients whose own networks do get an IPv4 address of 198.19.0.0/16 instead.',
     example: '10.215.0.0/16,fd0d:e70::/48',
-    parse: onlyYet(['10.215.0.0/16,fd0d:e70::/48'], /./),
+    parse: vpnNetworks,
   }),
   vpnPort: variable({
     name: 'DETOUR_VPN_PORT',
     roles: ['router'],
     default: '51820',
-    unavailable: true,
-    doc: 'UDP port of the tunnels. Not available in this version.',
+    doc: 'UDP port of the tunnels. Open it in the firewall of the VPS.',
     example: '51820',
-    parse: onlyYet(['51820'], /./),
+    parse: (text) => port(text) ?? refuse('must be a port from 1 to 65535'),
   }),
   mode: variable({
     name: 'DETOUR_MODE',

@@ -45,7 +45,10 @@ export class FakeNetwork {
         const closers = local.map((to) => bind(to, (bytes, from) => receive({ bytes, from, to })));
         return {
           local: () => local,
-          reply: (datagram: Datagram, bytes) => this.send(datagram.to, datagram.from, bytes),
+          reply: (datagram: Datagram, bytes) => {
+            if (local.some((own) => sameAddress(own.address, datagram.to.address)))
+              this.send(datagram.to, datagram.from, bytes);
+          },
           close: async () => {
             for (const close of closers) close();
           },

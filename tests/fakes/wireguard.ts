@@ -31,6 +31,8 @@ const widthOf = ({ family }: Address): number => (family === 4 ? 32 : 128);
 export class FakeTunnels {
   /** As `WireguardError`s of `create`: this machine has neither WireGuard nor TUN. */
   missing: string | null = null;
+  /** Why changes of peers fail; null while they do not. */
+  refuses: string | null = null;
   /** Routes of others. */
   readonly foreign: RouteInfo[] = [];
   readonly foreignRules: RuleInfo[] = [];
@@ -167,6 +169,7 @@ export class FakeTunnels {
     change: async (name, { privateKey, port, peers = [] }) => {
       const device = this.devices.get(name);
       if (!device) throw new WireguardError('failed', `there is no WireGuard interface ${name}`);
+      if (this.refuses !== null && peers.length > 0) throw new WireguardError('failed', this.refuses);
       if (privateKey) device.keys = pairOf(privateKey);
       if (port !== undefined) device.port = port;
       for (const peer of peers) {

@@ -20,6 +20,7 @@ import { FakeKernel, type Opening } from '../fakes/mptcp.ts';
 import { FakeNetwork, type Fate } from '../fakes/network.ts';
 import { FakeNft } from '../fakes/nft.ts';
 import { FakeRouting } from '../fakes/routing.ts';
+import { FakeTunnels } from '../fakes/wireguard.ts';
 import type { Status } from '../netns/world.ts';
 
 /** Router and agent in one process: their clock, wires and kernels are the test's, everything else is the real thing. */
@@ -54,6 +55,7 @@ type Machine = {
   readonly v4: Address;
   readonly v6: Address;
   readonly nft: FakeNft;
+  readonly tunnels: FakeTunnels;
   router: Router | null;
 };
 
@@ -103,6 +105,7 @@ class Pair {
       v4: address(`80.0.0.${n}`),
       v6: address(`2a00:80::${n}`),
       nft: new FakeNft(this.clock),
+      tunnels: new FakeTunnels([], `d${n}`),
       router: null,
     };
     this.machines.push(machine);
@@ -123,6 +126,7 @@ class Pair {
         leaseTime: 600_000,
         legacyV1: false,
         onExit: 'keep',
+        vpn: null,
         ...settings,
       },
       {
@@ -143,6 +147,7 @@ class Pair {
           cut: async () => 0,
         },
         upkeep: async () => ({ v4: null, v6: null }),
+        openTunnels: () => machine.tunnels,
       },
     );
     expect(await router.start()).toBeNull();
