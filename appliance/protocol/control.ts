@@ -97,7 +97,14 @@ export type Peer = {
 
 /** What an OK to TUNNEL says: without `FLAG_PEER` the router's end, with it the client's addresses. */
 export type TunnelGrant =
-  | { readonly kind: 'router'; readonly publicKey: Uint8Array; readonly port: number }
+  | {
+      readonly kind: 'router';
+      readonly publicKey: Uint8Array;
+      /** UDP port of the tunnels. */
+      readonly port: number;
+      /** UDP port of this protocol inside them, which may be another one outside. */
+      readonly control: number;
+    }
   | {
       readonly kind: 'client';
       /** Of each family that the tunnel carries. `length` is of the tunnel's network, whose first address is the router's. */
@@ -226,7 +233,7 @@ export function decodeRequest(bytes: Uint8Array): Request | Malformation {
     destination,
     suggestedPort: hasPeer ? 0 : data.getUint16(66),
     protocol: hasPeer ? 0 : data.getUint8(68),
-    ...(hasPeer ? { peer: { publicKey: bytes.slice(48, MAC_OFFSET), choice } } : {}),
+    ...(hasPeer ? { peer: { publicKey: new Uint8Array(bytes.subarray(48, MAC_OFFSET)), choice } } : {}),
   };
 }
 
@@ -271,6 +278,7 @@ function writeGrant(grant: TunnelGrant, bytes: Uint8Array, data: DataView): void
   if (grant.kind === 'router') {
     bytes.set(grant.publicKey, 40);
     data.setUint16(72, grant.port);
+    data.setUint16(74, grant.control);
     return;
   }
   const { v6, v4, mtu, cookie } = grant;
@@ -327,8 +335,9 @@ export function decodeResponse(bytes: Uint8Array, keys: Keys, request: Uint8Arra
 
 function readGrant(flags: number, bytes: Uint8Array, data: DataView): TunnelGrant | null {
   if (flags !== FLAG_PEER) {
-    const port = data.getUint16(72);
-    return port === 0 ? null : { kind: 'router', publicKey: bytes.slice(40, 72), port };
+    const [port, control] = [data.getUint16(72), data.getUint16(74)];
+    if (port === 0 || control === 0) return null;
+    return { kind: 'router', publicKey: new Uint8Array(bytes.subarray(40, 72)), port, control };
   }
   const first = readAddress(bytes, 40);
   const v6 = first.family === 6 ? tunnelAddress(first, data.getUint8(60)) : undefined;

@@ -9,7 +9,7 @@ import type { Json } from '../status/daemon.ts';
 import { hexKey, type Keeper, type KeeperPorts, TUNNEL_INTERFACE } from './keeper.ts';
 import type { Notices } from './notices.ts';
 import { FLUSH_TUNNELS, renderTunnel, renderTunnelRemoval, type TunnelElement } from './ruleset.ts';
-import { gatewayOf, networkOf, overlapping, type Tunnel, type TunnelAsk, Tunnels } from './tunnels.ts';
+import { gatewayOf, networkOf, overlapping, TUNNEL_MTU, type Tunnel, type TunnelAsk, Tunnels } from './tunnels.ts';
 
 /** What makes tunnels, opened with `DETOUR_VPN` alone. */
 export type TunnelPorts = { readonly links: Links; readonly wireguard: Wireguard };
@@ -27,9 +27,8 @@ export type Enrolment =
 const RESERVE = parsePrefix('198.19.0.0/16');
 /** Outer headers: 40 of IPv6, 8 of UDP, 32 of WireGuard. */
 const OVERHEAD = 80;
-/** What every way carries (RFC 8200), and what fits into the 1,500 bytes of an Ethernet. */
+/** What every way carries (RFC 8200). */
 const LEAST_MTU = 1_280;
-const MOST_MTU = 1_420;
 const UPKEEP_MS = 30_000;
 const SWEEP_MS = 5_000;
 /** Requests that wait for the kernel, each some milliseconds; more are not answered. */
@@ -47,6 +46,7 @@ const TABLE_LOCAL = 255;
 export class Gateway {
   readonly #settings: VpnSettings;
   readonly #fwmark: RouterSettings['fwmark'];
+  readonly #control: number;
   readonly #ports: KeeperPorts & TunnelPorts;
   readonly #notices: Notices;
   readonly #keeper: Keeper;
@@ -55,7 +55,7 @@ export class Gateway {
   readonly #longest: number;
   readonly #tunnels: Tunnels;
   #keys: KeyPair | null = null;
-  #mtu = MOST_MTU;
+  #mtu = TUNNEL_MTU;
   #carrier: 'kernel' | 'wireguard-go' | null = null;
   #fault: string | null = null;
   #last: Promise<unknown> = Promise.resolve();
@@ -65,7 +65,7 @@ export class Gateway {
   #stopped = false;
 
   constructor(
-    { fwmark, leaseTime }: Pick<RouterSettings, 'fwmark' | 'leaseTime'>,
+    { fwmark, leaseTime, listen }: Pick<RouterSettings, 'fwmark' | 'leaseTime' | 'listen'>,
     settings: VpnSettings,
     ports: KeeperPorts & TunnelPorts,
     keeper: Keeper,
@@ -73,6 +73,7 @@ export class Gateway {
   ) {
     this.#settings = settings;
     this.#fwmark = fwmark;
+    this.#control = listen.port;
     this.#longest = Math.floor(leaseTime / 1000);
     this.#ports = ports;
     this.#keeper = keeper;
@@ -111,7 +112,8 @@ export class Gateway {
   }
 
   get grant(): Extract<TunnelGrant, { kind: 'router' }> | null {
-    return this.#keys && { kind: 'router', publicKey: this.#keys.publicKey, port: this.#settings.port };
+    const { port } = this.#settings;
+    return this.#keys && { kind: 'router', publicKey: this.#keys.publicKey, port, control: this.#control };
   }
 
   /** The router's own addresses inside the tunnels. */
@@ -442,7 +444,7 @@ export class Gateway {
   async #fittingMtu(): Promise<number> {
     const { links } = this.#ports;
     const all = new Map((await links.links()).map(({ index, mtu }) => [index, mtu]));
-    let mtu = MOST_MTU;
+    let mtu = TUNNEL_MTU;
     await links.routes(({ to, table, index }) => {
       const outer = to.length === 0 && table === TABLE_MAIN && index !== null ? all.get(index) : undefined;
       if (outer !== undefined) mtu = Math.min(mtu, outer - OVERHEAD);

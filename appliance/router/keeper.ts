@@ -225,8 +225,11 @@ export class Keeper {
     return failure;
   }
 
-  /** The addresses inside tunnels that the kernel lets through. */
+  /** The addresses inside tunnels that the kernel lets through. Where the table is gone altogether it is put back first. */
   async tunnels(): Promise<readonly (TunnelElement | null)[] | NftFailure> {
+    const found = await this.#table.tunnels();
+    if (!('kind' in found) || found.kind !== 'absent') return found;
+    await this.#exclusively(() => this.#restore('absent'));
     return this.#table.tunnels();
   }
 

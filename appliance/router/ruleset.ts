@@ -14,7 +14,7 @@ import { MESSAGE_BYTES } from '../protocol/control.ts';
 import { LEGACY_BYTES } from '../protocol/legacy.ts';
 import { GRACE, MAP_SIZE, type Owner, type Write } from './leases.ts';
 import { DENIED_BY_DEFAULT, DENIED_PORT, NEVER, onLink, type Rules } from './policy.ts';
-import { MOST_TUNNELS, type Tunnel } from './tunnels.ts';
+import { MOST_TUNNELS, TUNNEL_MTU, type Tunnel } from './tunnels.ts';
 
 /**
  * What we put into the kernel, as text for nft, and how to read it back. One table, `inet detour`: the maps of leases
@@ -138,6 +138,13 @@ const setMark = ({ mark, mask }: Fwmark): string => `ct mark set ct mark and ${h
 const timeoutRules = ({ timeouts }: RulesetConfig): string[] =>
   timeouts ? ['meta nfproto ipv4 ct timeout set "relay4"', 'meta nfproto ipv6 ct timeout set "relay6"'] : [];
 
+/** Segments no longer than packets of `mtu` bytes hold (headers of 20 bytes of TCP and 20 or 40 of IP). */
+const clamps = (mtu: number): string[] =>
+  (['ipv4', 'ipv6'] as const).map((protocol) => {
+    const most = mtu - (protocol === 'ipv4' ? 40 : 60);
+    return `meta nfproto ${protocol} tcp option maxseg size > ${most} tcp option maxseg size set ${most}`;
+  });
+
 /**
  * What may come out of a tunnel and go into one: the same as through a lease. WireGuard has made sure whose address a packet
  * carries. Everything about the interface is ours, so these chains need not spare what merely passes through the host.
@@ -217,6 +224,8 @@ function tunnelChains(config: RulesetConfig): Chain[] {
         `oifname "${config.vpn}" ${drop('destination_denied')}`,
         NO_SYN,
         'tcp option maxseg size set rt mtu',
+        // What it says is what the server may send, which has to fit into the tunnel.
+        ...clamps(TUNNEL_MTU),
         'goto destination',
       ],
     },

@@ -55,6 +55,8 @@ export type TunnelPlan =
       readonly retryAfter: number | null;
     };
 
+/** Largest packet inside a tunnel that fits into the 1,500 bytes of an Ethernet: without 40 of IPv6, 8 of UDP, 32 of WireGuard. */
+export const TUNNEL_MTU = 1_420;
 export const TUNNELS_PER_KEY = 8;
 /** Of all keys together: peers of WireGuard, each some kilobytes of the kernel's memory. */
 export const MOST_TUNNELS = 1_024;

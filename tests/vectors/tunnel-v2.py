@@ -71,7 +71,7 @@ ping = request(PING, 0, 9, 0, 0, bytes(32))
 addresses = ipaddress.ip_address("fd0d:e70::7:1").packed + ipaddress.ip_address("10.215.7.1").packed
 messages = {
     "router": router,
-    "routerR": response(router, OK, 3601, 0, ROUTER_KEY + struct.pack(">H", 51820) + bytes(6)),
+    "routerR": response(router, OK, 3601, 0, ROUTER_KEY + struct.pack(">HH", 51820, 45672) + bytes(4)),
     "refused": router,
     "refusedR": response(router, UNSUPPORTED, 3601, 1800, ordinary(0)),
     "client": client,

@@ -53,7 +53,7 @@ test('the vectors say what protocol.md says', () => {
   expect(request('release').peer).toEqual({ publicKey: hex('clientKey'), choice: 0 });
   expect(decodeAnswer(hex('routerR'), keys, hex('router'))).toMatchObject({
     result: 0,
-    tunnel: { kind: 'router', publicKey: hex('routerKey'), port: 51820 },
+    tunnel: { kind: 'router', publicKey: hex('routerKey'), port: 51820, control: 45672 },
   });
   expect(decodeAnswer(hex('clientR'), keys, hex('client'))).toMatchObject({
     lifetime: 600,
