@@ -69,8 +69,14 @@ export type DetourSource =
 /** Sources that need nobody to be read but a resolver. */
 export type FixedSource = Extract<DetourSource, { kind: 'static' | 'dns' }>;
 
-/** Kinds of further paths; free places go to those named first when `ordered`. */
-export type Strategy = { readonly kinds: readonly ('nat' | 'announced')[]; readonly ordered: boolean };
+/** Kinds of further paths. */
+export type Strategy = {
+  readonly kinds: readonly ('nat' | 'vpn' | 'announced')[];
+  /** Free places go to those named first. */
+  readonly ordered: boolean;
+  /** `vpn` is not asked for, but may be used through detours whose leases are of no use. */
+  readonly fallback?: boolean;
+};
 
 /** `host` is the network namespace that the agent runs in. */
 export type ProviderName = 'host' | 'docker' | 'kubernetes';

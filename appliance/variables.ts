@@ -79,16 +79,19 @@ function interfaceGlob(text: string): string {
 /** Kinds of path in order; `auto` takes the order back. */
 function strategy(text: string): Strategy {
   const words = list(text.toLowerCase(), (word) => word);
-  const known = ['auto', 'nat', 'announced'];
-  const choose = 'use auto, nat, announced or several of them';
+  const known = ['auto', 'nat', 'vpn', 'announced'] as const;
+  const choose = 'use auto, nat, vpn, announced or several of them';
+  const kinds = new Set<Strategy['kinds'][number]>();
   for (const [index, word] of words.entries()) {
-    if (word === 'inband' || word === 'vpn') refuse(`has ${word}, which is not available in this version: ${choose}`);
-    if (!known.includes(word)) refuse(`has a kind that is not known: ${choose}`);
+    if (word === 'inband') refuse(`has inband, which is not available in this version: ${choose}`);
+    const found = known.find((one) => one === word) ?? refuse(`has a kind that is not known: ${choose}`);
     if (words.indexOf(word) !== index) refuse(`has ${word} twice`);
+    kinds.add(found === 'auto' ? 'nat' : found);
   }
-  const kinds = words.map((word) => (word === 'announced' ? 'announced' : 'nat'));
-  if (kinds.length === 0) refuse(`names no kind: ${choose}`);
-  return { kinds: [...new Set(kinds)], ordered: !words.includes('auto') };
+  if (kinds.size === 0) refuse(`names no kind: ${choose}`);
+  const auto = words.includes('auto');
+  const fallback = auto && !kinds.has('vpn');
+  return { kinds: [...kinds, ...(fallback ? (['vpn'] as const) : [])], ordered: !auto, fallback };
 }
 
 function providers(text: string): readonly ProviderName[] {
@@ -479,9 +482,9 @@ export const TABLE = {
     roles: ['client'],
     default: 'auto',
     doc:
-      'Kinds of path to use, in order: `nat` (leased from detours) and `announced` (to further addresses that the server itself announces, ' +
-      'ADD_ADDR of RFC 8684; see docs/path-selection.md). `auto` stands for `nat` and leaves the order to measurement: `auto,announced` has both. ' +
-      '`inband` and `vpn` are not available yet.',
+      'Kinds of path to use, in order: `nat` (leased from detours), `vpn` (through WireGuard tunnels to those that offer them; see docs/vpn.md) and `announced` (to further ' +
+      'addresses that the server itself announces, ADD_ADDR of RFC 8684; see docs/path-selection.md). `auto` stands for `nat`, falls back to `vpn` with detours whose leases ' +
+      'are of no use on this network, and leaves the order to measurement: `auto,vpn` has both from the start. `inband` is not available yet.',
     example: 'auto,announced',
     parse: strategy,
   }),

@@ -131,16 +131,21 @@ export class Gateway {
     return this.#fault;
   }
 
-  async status(): Promise<{ readonly [key: string]: Json }> {
+  async status(): Promise<{ readonly vpn: Json; readonly tunnels: readonly Json[] }> {
     const { clock } = this.#ports;
     const device = await this.#read().catch(() => null);
     const peers = byKey(device?.peers ?? []);
-    return {
+    const vpn = {
       carrier: this.#carrier,
       port: this.#settings.port,
       mtu: this.#mtu,
+      networks: Object.values(this.#networks)
+        .flatMap((network) => (network ? [formatPrefix(network)] : []))
+        .join(' '),
       trouble: this.#fault,
-      networks: Object.values(this.#networks).flatMap((network) => (network ? [formatPrefix(network)] : [])),
+    };
+    return {
+      vpn,
       tunnels: this.#tunnels.all().map((tunnel) => {
         const peer = peers.get(text(tunnel.publicKey));
         return {

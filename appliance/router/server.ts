@@ -157,7 +157,7 @@ export class Router {
         state,
       })),
       conntrack: usage,
-      vpn: this.#gateway ? await this.#gateway.status() : null,
+      ...(await this.#gateway?.status()),
     };
   }
 

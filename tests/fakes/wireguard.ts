@@ -39,14 +39,14 @@ export class FakeTunnels {
   readonly devices = new Map<string, Device>();
   readonly #rules: Rule[] = [];
   readonly #routes: RouteInfo[] = [];
-  readonly #addresses: Address[];
+  readonly addresses: Address[];
   #serial = 0;
   #keys = 0;
   readonly #seed: string;
 
   /** `addresses` are those of the host, to which those of its tunnels are added. */
   constructor(addresses: Address[], seed: string) {
-    this.#addresses = addresses;
+    this.addresses = addresses;
     this.#seed = seed;
   }
 
@@ -70,8 +70,8 @@ export class FakeTunnels {
   }
 
   #forget(address: Address): void {
-    const at = this.#addresses.findIndex((one) => sameAddress(one, address));
-    if (at >= 0) this.#addresses.splice(at, 1);
+    const at = this.addresses.findIndex((one) => sameAddress(one, address));
+    if (at >= 0) this.addresses.splice(at, 1);
   }
 
   #byIndex(index: number, what: string): Device {
@@ -115,7 +115,7 @@ export class FakeTunnels {
       if (device.held.some((one) => sameAddress(one.address, address)))
         throw new NetlinkError('adding an address', 'EEXIST');
       device.held.push({ address, length });
-      this.#addresses.push(address);
+      this.addresses.push(address);
     },
     withdraw: async (index, address) => {
       const device = this.#byIndex(index, 'removing an address');
@@ -212,29 +212,40 @@ export class FakeWire {
   /** Keys whose datagrams get through to nobody, as with a firewall on the way. */
   readonly blocked = new Set<string>();
 
-  carries(from: Address, to: Address): boolean {
-    const sender = this.#deviceOf(from);
-    if (!sender?.keys || !sender.up) return false;
-    const peer = [...sender.peers.values()].find(({ allowed }) => allowed.some((prefix) => contains(prefix, to)));
-    const receiver = peer && this.#deviceWith(peer.publicKey);
-    const back = receiver?.up ? receiver.peers.get(text(sender.keys.publicKey)) : undefined;
-    if (!peer || !receiver?.keys || !back) return false;
-    if ([sender.keys, receiver.keys].some(({ publicKey }) => this.blocked.has(text(publicKey)))) return false;
-    // The one that began knows where the other is.
-    const known = peer.endpoint ?? back.endpoint;
-    const port = peer.endpoint ? receiver.port : sender.port;
-    return known?.port === port && back.allowed.some((prefix) => contains(prefix, from));
+  /** Both hosts by the lists of their addresses: two may have one address inside tunnels. */
+  carries(sender: readonly Address[], from: Address, receiver: readonly Address[], to: Address): boolean {
+    const [here, there] = [this.#deviceOf(sender, from), this.#deviceOf(receiver, to)];
+    if (!here?.keys || !there?.keys || !here.up || !there.up) return false;
+    const peer = here.peers.get(text(there.keys.publicKey));
+    const back = there.peers.get(text(here.keys.publicKey));
+    if (!peer || !back || [here, there].some(({ keys }) => keys && this.blocked.has(text(keys.publicKey))))
+      return false;
+    // The one that began says where the other is.
+    const known = peer.endpoint ? peer.endpoint.port === there.port : back.endpoint?.port === here.port;
+    const may = (list: readonly Prefix[], address: Address): boolean => list.some((one) => contains(one, address));
+    return known && may(peer.allowed, to) && may(back.allowed, from);
   }
 
-  #devices(): Device[] {
-    return this.hosts.flatMap(({ devices }) => [...devices.values()]);
+  /** Whose tunnel an address of that host is inside of; null for what is in none. */
+  #deviceOf(host: readonly Address[], address: Address): Device | undefined {
+    const owner = this.hosts.find(({ addresses }) => addresses === host);
+    return [...(owner?.devices.values() ?? [])].find(({ held }) =>
+      held.some((one) => sameAddress(one.address, address)),
+    );
   }
 
-  #deviceOf(address: Address): Device | undefined {
-    return this.#devices().find(({ held }) => held.some((one) => sameAddress(one.address, address)));
+  /** Whether the address is one inside a tunnel. */
+  isInside(address: Address): boolean {
+    return this.hosts.some(({ devices }) =>
+      [...devices.values()].some(({ held }) => held.some((one) => sameAddress(one.address, address))),
+    );
   }
 
-  #deviceWith(publicKey: Uint8Array): Device | undefined {
-    return this.#devices().find(({ keys }) => keys !== null && text(keys.publicKey) === text(publicKey));
+  /** The host at the other end of the tunnel that an address of `host` is inside of. */
+  beyond(host: readonly Address[], address: Address): FakeTunnels | undefined {
+    const device = this.#deviceOf(host, address);
+    return this.hosts.find(({ devices }) =>
+      [...devices.values()].some(({ keys }) => keys !== null && device?.peers.has(text(keys.publicKey))),
+    );
   }
 }

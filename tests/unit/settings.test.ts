@@ -79,7 +79,7 @@ describe('defaults of the contract', () => {
       targets: [],
       exclude: [],
       maxPaths: 2,
-      strategy: { kinds: ['nat'], ordered: false },
+      strategy: { kinds: ['nat', 'vpn'], ordered: false, fallback: true },
       interfaces: null,
       mode: 'aggregate',
       minAgeMs: null,
@@ -209,12 +209,18 @@ describe('values', () => {
     expect(client({ DETOUR_TARGETS: text }).settings.targets).toEqual([]);
   });
 
-  it.each(['auto', 'nat', 'auto,announced', 'nat, announced', 'announced'])(
-    'accepts the strategy %s, which it has',
-    (text) => {
-      expect(lines(() => client({ DETOUR_STRATEGY: text }))).toEqual([]);
-    },
-  );
+  it.each([
+    ['auto', ['nat', 'vpn'], false, true],
+    ['nat', ['nat'], true, false],
+    ['vpn', ['vpn'], true, false],
+    ['vpn, nat', ['vpn', 'nat'], true, false],
+    ['auto,vpn', ['nat', 'vpn'], false, false],
+    ['auto,announced', ['nat', 'announced', 'vpn'], false, true],
+    ['nat, announced', ['nat', 'announced'], true, false],
+    ['announced', ['announced'], true, false],
+  ])('takes the strategy %s for %j, ordered %j, tunnels as the last resort %j', (text, kinds, ordered, fallback) => {
+    expect(client({ DETOUR_STRATEGY: text }).settings.strategy).toEqual({ kinds, ordered, fallback });
+  });
 });
 
 describe('one rule, one line', () => {
@@ -312,7 +318,8 @@ describe('one rule, one line', () => {
     ['DETOUR_MAX_PATHS', '2.5', /whole number/],
     ['DETOUR_SYSCTL_ROOT', 'proc', /absolute path/],
     ['DETOUR_STRATEGY', 'inband,nat', /not available in this version/],
-    ['DETOUR_STRATEGY', 'vpn', /not available in this version/],
+    ['DETOUR_STRATEGY', 'inband', /not available in this version/],
+    ['DETOUR_STRATEGY', 'vpn,vpn', /vpn twice/],
     ['DETOUR_STRATEGY', 'magic', /not known/],
     ['DETOUR_MODE', 'fastest', /aggregate, backup/],
     ['DETOUR_MIN_AGE', '5', /unit/],
