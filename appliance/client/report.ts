@@ -115,10 +115,14 @@ function explainOne(state: State, connection: Connection, now: number, wallAt: W
 function named(state: State, detour: string | null): { detour: string; address: string | null } {
   if (detour === null) return { detour: DIRECT, address: null };
   const tunnel = state.tunnels.get(detour);
-  if (tunnel) return { detour: tunnel.site, address: null };
+  if (tunnel) return { detour: `${tunnel.site} (vpn)`, address: null };
   const known = state.detours.get(detour);
   return { detour: known?.name ?? detour, address: known ? formatEndpoint(known.endpoint) : null };
 }
+
+/** What people call the detour that a path runs through. */
+const siteOf = ({ detours, tunnels }: State, key: string): string =>
+  tunnels.get(key)?.site ?? detours.get(key)?.name ?? key;
 
 /** Servers that do not answer directly, or are being asked. */
 export function showRescues(state: State, { cases }: Rescue, wallAt: WallAt): JsonObject[] {
@@ -173,7 +177,7 @@ function showPath(
   );
   return {
     kind: path.kind === 'spare' ? 'direct' : path.kind,
-    detour: path.detour === null || path.kind === 'spare' ? null : named(state, path.detour).detour,
+    detour: path.detour === null || path.kind === 'spare' ? null : siteOf(state, path.detour),
     ...text,
     state: path.state,
     backup: now?.backup ?? path.state === 'backup',
