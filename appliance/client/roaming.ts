@@ -47,8 +47,8 @@ export function onNetworkChanged(
   }
   // On another network leases may do, and the address inside a tunnel may be somebody's.
   for (const detour of state.detours.values()) detour.useless = null;
-  renewTunnels(state, out);
   considerTunnels(state, now, out);
+  renewTunnels(state, out);
   const servers = new Map<string, Connection['remote']['address']>();
   for (const connection of state.connections.values()) {
     if (connection.unmanaged !== null || connection.establishedAt === null) continue;

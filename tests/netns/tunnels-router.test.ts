@@ -246,6 +246,29 @@ describe.runIf(requireRoot('tests of tunnels through a router'))('the router’s
     );
   });
 
+  it('are eight for a client that asks for a thousand, and the others do not notice', async () => {
+    await first.speaker.hello();
+    const results = new Map<string, number>();
+    // As fast as it can; the kernel lets 50 questions a second through.
+    for (let at = 0; at < 1_000; at += 100) {
+      const asked = Array.from({ length: 100 }, (_, n) => {
+        const key = new Uint8Array(32).fill(7);
+        key.set([(at + n) & 255, (at + n) >> 8]);
+        return first.speaker.enrol(key);
+      });
+      for (const { result } of await Promise.all(asked)) results.set(result, (results.get(result) ?? 0) + 1);
+    }
+    console.info(`1,000 questions for tunnels: ${JSON.stringify([...results])}`);
+    // One of its eight is the tunnel that it has.
+    expect(results.get('OK')).toBe(7);
+    expect(results.get('QUOTA')).toBeGreaterThan(0);
+    expect(
+      (await set.router.exec(['nft', 'list', 'set', 'inet', 'detour', 'tunnels4'])).match(/k0a0b0c0d/g),
+    ).toHaveLength(8);
+    await second.speaker.hello();
+    expect((await second.speaker.enrol(second.keys.publicKey)).result).toBe('OK');
+  });
+
   it('leave nothing behind', async () => {
     await program.stop();
     await set.router.exec([process.execPath, root('appliance/cli.ts'), 'cleanup', 'router'], { env: environment() });
