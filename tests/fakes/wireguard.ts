@@ -123,6 +123,9 @@ export class FakeTunnels {
       if (at < 0) return;
       device.held.splice(at, 1);
       this.#forget(address);
+      if (address.family === 6 || device.held.some((one) => one.address.family === 4)) return;
+      for (const route of this.#routes.filter(({ index: by, to }) => by === index && to.address.family === 4))
+        this.#routes.splice(this.#routes.indexOf(route), 1);
     },
     addDefault: async (table, index, family) => {
       this.#byIndex(index, 'adding a route');
