@@ -59,6 +59,20 @@ describe.runIf(requireRoot('tests of tunnels'))('a transfer through a tunnel', (
     }
   }
 
+  it('carries IPv4 inside IPv6', async () => {
+    await using world = await World.create('tunnels', { rateMbit: 20 });
+    await startServer(world.server);
+    await world.startRouters(VPN);
+    const outer = world.detours.map(({ name, v6 }) => `${name}=[${v6}]:45672`).join(',');
+    const agent = await world.startAgent({ ...ONLY, DETOUR_DETOURS: outer });
+    const { tunnels } = await tunnelsAre(agent.status, 'up');
+    expect(tunnels?.[0]?.mtu).toBe(1420);
+    const result = await startTransfer(world.client, { to: SERVER, bytes: BYTES }).result;
+    expect(result.sha256).toBe(expectedSha256('detour', BYTES));
+    for (const path of result.paths) expect(path.bytes).toBeGreaterThan(BYTES / 5);
+    expect(result.paths.length).toBe(2);
+  });
+
   it.each(['direct', 'way'] as const)('survives the loss of one of its ways: %s', async (lost) => {
     await using world = await World.create('tunnels', { rateMbit: 20 });
     const [detour] = world.detours;
@@ -180,7 +194,7 @@ describe.runIf(requireRoot('tests of tunnels on a host'))('an agent with tunnels
     await startServer(world.server);
     await world.startRouters(VPN);
     const untouched = await hostState(world.client);
-    const first = await world.startAgent({ ...ONLY, ...named(world) });
+    const first = await world.startAgent({ ...ONLY, ...named(world), DETOUR_LOG_LEVEL: 'trace' });
     await tunnelsAre(first.status, 'up');
     const during = await hostState(world.client);
     expect(during.links).toContain('dtv-detou');
@@ -188,7 +202,13 @@ describe.runIf(requireRoot('tests of tunnels on a host'))('an agent with tunnels
     // The routes of everything else are what they were.
     const main = await world.client.exec(['ip', 'route', 'show', 'table', 'main']);
     expect(main).not.toContain('dtv');
+    const [name = ''] = (await world.client.exec(['wg', 'show', 'interfaces'])).trim().split(/\s+/);
+    const key = Buffer.from((await world.client.exec(['wg', 'show', name, 'private-key'])).trim(), 'base64');
+    expect(key).toHaveLength(32);
     await first.program.stop();
+    const said = [...first.program.lines, ...first.program.errors].join('\n');
+    expect(said).toContain('"event":"tunnel-up"');
+    for (const spelling of ['hex', 'base64', 'base64url'] as const) expect(said).not.toContain(key.toString(spelling));
     expect(await hostState(world.client)).toEqual(untouched);
 
     const second = await world.startAgent({ ...ONLY, ...named(world) });
