@@ -5,7 +5,16 @@
 import type { Clock } from './kernel/clock.ts';
 import type { Datagrams } from './kernel/datagrams.ts';
 import type { Machine } from './kernel/machine.ts';
-import { type Address, type Endpoint, formatAddress, formatEndpoint, type PortRange } from './protocol/address.ts';
+import {
+  type Address,
+  contains,
+  type Endpoint,
+  formatAddress,
+  formatEndpoint,
+  formatPrefix,
+  type PortRange,
+  parsePrefix,
+} from './protocol/address.ts';
 import {
   COOKIE_BYTES,
   decodeResponse,
@@ -99,6 +108,9 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
   if (client?.providers.some((name) => name !== 'host')) checks.push(workloads(machine, client, place));
   if (client?.rescue) checks.push(rescue(machine));
   if (client?.interfaces) checks.push(interfaces(machine, client.interfaces));
+  // By default tunnels are a last resort, for which nobody should be made to prepare.
+  if (client?.strategy.kinds.includes('vpn') && !client.strategy.fallback)
+    checks.push(tunnels(machine, 'client-tunnels', place));
   if (router) {
     checks.push(
       forwarding(machine, place, subject.running.router),
@@ -107,6 +119,13 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
       controlPort(machine, router, subject.running.router),
       leasePorts(machine, router),
     );
+    if (router.vpn) {
+      checks.push(
+        tunnels(machine, 'tunnels', place),
+        tunnelPort(machine, router.vpn.port, subject.running.router),
+        tunnelNetworks(machine, router.vpn),
+      );
+    }
   }
   if (detours) {
     checks.push(listed(detours.lists));
@@ -429,6 +448,90 @@ async function interfaces(
   ];
 }
 
+/** Whether this machine can carry tunnels, and by what. */
+async function tunnels(machine: Machine, name: string, place: Place): Promise<readonly Check[]> {
+  const loaded = (await machine.list('/sys/module/wireguard')).length > 0;
+  const loadable = loaded || (await machine.run('modprobe', ['--dry-run', 'wireguard']))?.code === 0;
+  if (loadable) return [ok(name, `the kernel has WireGuard${loaded ? '' : ', and loads it when it is needed'}`)];
+  const program = await machine.run('wireguard-go', ['--version']);
+  const device = (await machine.list('/dev/net')).includes('tun');
+  if (program && device)
+    return [
+      warn(
+        name,
+        'this kernel has no WireGuard: wireguard-go carries tunnels, which takes far more CPU',
+        'modprobe wireguard   # on the host',
+      ),
+    ];
+  const missing = [program ? '' : 'wireguard-go', device ? '' : '/dev/net/tun']
+    .filter((what) => what !== '')
+    .join(' and ');
+  const fix = {
+    host: ['modprobe wireguard', 'apt-get install wireguard-go && modprobe tun'],
+    docker: [
+      'modprobe wireguard   # on the host',
+      'docker run: --device /dev/net/tun; compose: devices: [/dev/net/tun]',
+    ],
+    kubernetes: [
+      'modprobe wireguard   # on the node',
+      'a hostPath volume of /dev/net/tun (type CharDevice), mounted there',
+    ],
+  };
+  return [
+    fail(name, `no tunnel can be made: this kernel has no WireGuard, and ${missing} is not here either`, ...fix[place]),
+  ];
+}
+
+async function tunnelPort(machine: Machine, port: number, running: boolean): Promise<readonly Check[]> {
+  const bound = (await boundPorts(machine, 'udp', `0${IN_USE}`)).includes(port);
+  if (bound === running) return [ok('tunnel-port', running ? `tunnels arrive at UDP ${port}` : `UDP ${port} is free`)];
+  return bound
+    ? [
+        fail(
+          'tunnel-port',
+          `something uses UDP ${port} already`,
+          `ss -ulpn 'sport = :${port}'   # shows which; or set DETOUR_VPN_PORT to another port`,
+        ),
+      ]
+    : [
+        fail(
+          'tunnel-port',
+          `the router runs, but no tunnel can arrive at UDP ${port}`,
+          'detour status router   # says what is wrong with its tunnels',
+        ),
+      ];
+}
+
+/** As `TUNNEL_INTERFACE` of the router. */
+const TUNNELS = 'detour-vpn';
+
+/** Whether the networks of the tunnels are this host's own. */
+async function tunnelNetworks(
+  machine: Machine,
+  { v4, v6 }: NonNullable<RouterSettings['vpn']>,
+): Promise<readonly Check[]> {
+  const checks: Check[] = [];
+  for (const network of [v4, v6]) {
+    if (!network) continue;
+    const version = network.address.family === 4 ? '-4' : '-6';
+    const listing = await machine.run('ip', ['-j', version, 'route', 'show', 'table', 'all']);
+    const clash = rowsOf(listing?.stdout)
+      .filter(({ dev }) => dev !== TUNNELS)
+      .map(({ dst }) => parsePrefix(String(dst)))
+      .find((one) => one && one.length > 0 && (contains(one, network.address) || contains(network, one.address)));
+    if (clash) {
+      checks.push(
+        fail(
+          'tunnel-network',
+          `${formatPrefix(network)} of DETOUR_VPN_NETWORK overlaps with ${formatPrefix(clash)}, to which this host has a route`,
+          `DETOUR_VPN_NETWORK=${network.address.family === 4 ? '10.216.0.0/16' : 'fd0d:e71::/48'},...   # any private network that is free here`,
+        ),
+      );
+    } else checks.push(ok('tunnel-network', `${formatPrefix(network)} is nobody else's here`));
+  }
+  return checks;
+}
+
 type Row = Readonly<Record<string, unknown>>;
 
 const rowsIn = (value: unknown): readonly Row[] =>
@@ -600,6 +703,17 @@ async function firewall(machine: Machine, router: RouterSettings, running: boole
             `ufw allow ${port}/udp`,
           ),
     );
+    if (router.vpn) {
+      const { port: tunnelled } = router.vpn;
+      const lets = new RegExp(`-p udp .*--dport ${tunnelled} .*ACCEPT`).test(
+        `${userRules?.stdout} `.replaceAll('\n', ' \n'),
+      );
+      checks.push(
+        lets
+          ? ok('ufw', `lets UDP ${tunnelled} in`)
+          : warn('ufw', 'ufw is active; it must let tunnels in', `ufw allow ${tunnelled}/udp`),
+      );
+    }
   }
   if (has('inet', 'firewalld', /./)) {
     checks.push(

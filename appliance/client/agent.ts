@@ -12,19 +12,31 @@ import { createDetours, type DetourAddress } from './detours.ts';
 import { chooseLinks } from './interfaces.ts';
 import { step } from './manager.ts';
 import type { ClientMetrics } from './metrics.ts';
-import { hex, type JsonObject, showConnections, showDetours, showExplanation, showRescues } from './report.ts';
+import { isTunnelName } from './numbering.ts';
+import {
+  hex,
+  type JsonObject,
+  showConnections,
+  showDetours,
+  showExplanation,
+  showRescues,
+  showTunnels,
+} from './report.ts';
 import { needsRedirections } from './rescue.ts';
 import { type RescuePorts, type Rescuer, startRescuer } from './rescuer.ts';
 import {
   type Command,
   type Event,
+  entranceOf,
   initial,
+  inUse,
   type JoinOutcome,
   type Link,
   type Note,
   type ServerSource,
   type State,
 } from './state.ts';
+import { createTunnels, sweepTunnels, type TunnelPorts, type Tunnels } from './tunnels.ts';
 
 /** Serves one network namespace: joins its kernel, the detours as they are reached from there, and the decisions. */
 export type AgentPorts = {
@@ -37,6 +49,8 @@ export type AgentPorts = {
   readonly openPathManager: (onEvent: (event: PathEvent) => void) => Promise<PathManager>;
   /** Opened with `rescue` alone. @throws NetlinkError */
   readonly openRescue: () => RescuePorts;
+  /** @throws NetlinkError */
+  readonly openTunnels: () => TunnelPorts;
 };
 
 export type AgentSettings = Pick<
@@ -75,6 +89,7 @@ export type AgentReport = {
   readonly connections: readonly JsonObject[];
   /** Null while rescue is off. */
   readonly rescues: readonly JsonObject[] | null;
+  readonly tunnels: readonly JsonObject[];
 };
 
 /** The kernel is read again now and then even when there is nothing to do, */
@@ -130,6 +145,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   const diag = ports.openDiag();
   let pathManager: PathManager | null = null;
   let rescuer: Rescuer | null = null;
+  let tunnels: Tunnels | null = null;
   let stopped = false;
   let dumping = false;
   let dumpWanted = false;
@@ -196,6 +212,15 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
         break;
       case 'release-lease':
         detours.release(command.detour, command.server);
+        break;
+      case 'want-tunnel':
+        tunnels?.want(command.site);
+        break;
+      case 'doubt-tunnel':
+        tunnels?.doubt(command.site);
+        break;
+      case 'release-tunnel':
+        tunnels?.release(command.site);
         break;
       case 'dump':
         dump();
@@ -308,7 +333,8 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   /** Looks at the host's addresses; unless `anyway`, nothing follows when they are what they were. */
   async function look(anyway: boolean): Promise<void> {
     try {
-      const addresses = await network.addresses();
+      // What is inside our own tunnels is no way out of this host.
+      const addresses = (await network.addresses()).filter(({ interface: name }) => !isTunnelName(name));
       const chosen = settings.interfaces && (await network.defaults());
       if (settings.interfaces && chosen) links = chooseLinks(settings.interfaces, addresses, chosen, links ?? []);
       const text = addresses.map(({ address, index }) => `${formatAddress(address)}%${index}`).join(' ');
@@ -343,9 +369,62 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
     handle({ kind: 'sources-found', sources: found });
   }
 
+  /** Takes away what a predecessor left of its tunnels, and readies ours, if there are to be any. */
+  async function startTunnels(): Promise<Tunnels | null> {
+    const opened = ports.openTunnels();
+    try {
+      handle({ kind: 'addresses-gone', addresses: await sweepTunnels(opened) });
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error);
+      log.warn(
+        'tunnels-left',
+        { reason },
+        'Tunnels of an earlier agent could not be taken away; `detour cleanup client` tries again',
+      );
+    }
+    if (!strategy.kinds.includes('vpn')) {
+      opened.wireguard.close();
+      opened.links.close();
+      return null;
+    }
+    return createTunnels({
+      keys,
+      clock,
+      datagrams: ports.datagrams,
+      log,
+      ports: opened,
+      route: network.route,
+      entrance(site) {
+        const detour = entranceOf(state, site);
+        return detour ? { detour: detour.key, endpoint: detour.endpoint } : null;
+      },
+      ask: (detour, question, quick) => detours.tunnel(detour, question, quick),
+      inUse: (site) =>
+        [...state.connections.values()].some(({ paths }) =>
+          paths.some((path) => path.kind === 'vpn' && state.tunnels.get(path.detour ?? '')?.site === site),
+        ),
+      onEvent: handle,
+    });
+  }
+
+  /** What runs through tunnels ends before they do, as long as servers can be told. */
+  async function endTunnelled(): Promise<void> {
+    const endings: Promise<unknown>[] = [];
+    for (const { token, paths } of state.connections.values()) {
+      for (const path of paths) {
+        const { kind, local, remote } = path;
+        if (kind !== 'vpn' || !inUse(path) || !local || !remote) continue;
+        endings.push(pathManager?.subflowDestroy(token, { local, remote }) ?? Promise.resolve());
+        endings.push(diag.abort({ local, remote }));
+      }
+    }
+    await Promise.allSettled(endings);
+  }
+
+  const keys = deriveKeys(settings.key.id, settings.key.secret);
   const detours = createDetours({
     bound: settings.interfaces !== null,
-    keys: deriveKeys(settings.key.id, settings.key.secret),
+    keys,
     clock,
     datagrams: ports.datagrams,
     log,
@@ -358,6 +437,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
     const { fwmark } = settings;
     rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
   }
+  tunnels = await startTunnels();
   // What is adopted is told apart by the addresses of this host.
   void look(true).then(dump);
   const samples = sampler(diag, clock);
@@ -386,11 +466,14 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
         detours: showDetours(state, (detour) => detours.observed(detour)),
         connections: showConnections(state, kernel, time(), wallAt),
         rescues: state.rescue && showRescues(state, state.rescue, wallAt),
+        tunnels: showTunnels(state, (site) => tunnels?.show(site) ?? null),
       };
     },
     explain: (address, port) => showExplanation(state, address, port, time(), wallAt),
     async stop() {
       stopped = true;
+      await endTunnelled();
+      await tunnels?.stop();
       detours.stop();
       network.close();
       pathManager?.close();

@@ -361,6 +361,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
                 })),
               }),
           ...(settings.rescue ? { rescues: all(({ rescues }) => rescues ?? []) } : {}),
+          ...(reports.some(({ tunnels }) => tunnels.length > 0) ? { tunnels: all(({ tunnels }) => tunnels) } : {}),
           connections: all(({ connections }) => connections),
         };
       },

@@ -6,6 +6,7 @@ import { udpDatagrams } from '../kernel/datagrams.ts';
 import { openDiag } from '../kernel/diag.ts';
 import { systemFiles } from '../kernel/files.ts';
 import { systemHandshake } from '../kernel/handshake.ts';
+import { openLinks } from '../kernel/links.ts';
 import { systemLookup } from '../kernel/lookup.ts';
 import { nftMemory } from '../kernel/memory.ts';
 import { openPathManager } from '../kernel/mptcp.ts';
@@ -18,6 +19,7 @@ import { systemSchedule } from '../kernel/schedule.ts';
 import { isOfOneNamespace, procSysctl } from '../kernel/sysctl.ts';
 import { openTranslations } from '../kernel/translations.ts';
 import { systemWeb } from '../kernel/web.ts';
+import { openWireguard } from '../kernel/wireguard.ts';
 import { type Log, logWith } from '../log.ts';
 import type { ClientHostSettings, ClientSettings, ProviderName } from '../settings.ts';
 import type { DaemonView } from '../status/daemon.ts';
@@ -28,6 +30,7 @@ import { watchDocker } from './docker.ts';
 import { watchKubernetes } from './kubernetes.ts';
 import { type LoaderPorts, unload as restore, load as select } from './loader.ts';
 import { REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
+import { sweepTunnels, type TunnelPorts } from './tunnels.ts';
 
 /** The nftables table in which the client remembers what it changed. It holds no chain and touches no packet. */
 export const CLIENT_TABLE = 'detour_client';
@@ -95,6 +98,7 @@ function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Plac
         translations: openTranslations(namespace),
         handshake: systemHandshake(namespace, settings.fwmark.mark),
       }),
+      openTunnels: () => openTunnels(namespace),
     },
     async load() {
       // With what a predecessor with DETOUR_RESCUE=on left when it was killed.
@@ -103,6 +107,11 @@ function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Plac
     unload: () => restore(loader, 'daemon'),
     close: () => namespace.close(),
   };
+}
+
+function openTunnels(namespace: Namespace): TunnelPorts {
+  const links = openLinks(namespace);
+  return { links, wireguard: openWireguard(links, namespace), nft: systemNft({ namespace }), place: namespace.id };
 }
 
 /** What watches for workloads. @throws Fatal naming what this process lacks to serve them */
@@ -210,6 +219,20 @@ export async function unload(settings: ClientHostSettings, log: Log): Promise<vo
 export async function cleanupClient(settings: ClientHostSettings, log: Log): Promise<void> {
   await restore(loaderPorts(settings, log), null);
   await removeRedirections();
+  await removeTunnels();
+}
+
+/** @throws Fatal (69) */
+async function removeTunnels(): Promise<void> {
+  const opened = openTunnels(ownNamespace);
+  try {
+    await sweepTunnels(opened);
+  } catch (error) {
+    throw new Fatal(69, `cannot remove tunnels: ${error instanceof Error ? error.message : String(error)}`);
+  } finally {
+    opened.wireguard.close();
+    opened.links.close();
+  }
 }
 
 /** @throws Fatal (69) */

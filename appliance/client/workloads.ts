@@ -16,7 +16,11 @@ export type Workload = {
 /** What a workload says of itself; null: as the agent's own settings say. */
 export type Wishes = {
   readonly targets: readonly DestinationRule[] | null;
-  readonly strategy: { readonly kinds: readonly PathKind[]; readonly ordered: boolean } | null;
+  readonly strategy: {
+    readonly kinds: readonly PathKind[];
+    readonly ordered: boolean;
+    readonly fallback?: boolean;
+  } | null;
   /** Whether its plain TCP sockets are to become Multipath TCP, where `DETOUR_MPTCPIFY` leaves that to workloads. */
   readonly mptcp: boolean | null;
 };

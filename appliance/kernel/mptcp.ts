@@ -1,5 +1,6 @@
 import { Fatal } from '../exit.ts';
 import { type Address, type Endpoint, readAddress } from '../protocol/address.ts';
+import { GENERIC_HEADER_BYTES, genericHeader, resolveFamily } from './genetlink.ts';
 import type { Namespace } from './namespaces.ts';
 import {
   address4,
@@ -68,11 +69,6 @@ export type PathManager = {
   close(): void;
 };
 
-const CTRL_FAMILY = 16;
-const CTRL_GETFAMILY = 3;
-const CTRL_ATTRIBUTE = { ID: 1, NAME: 2, GROUPS: 7 } as const;
-const GROUP_ATTRIBUTE = { NAME: 1, ID: 2 } as const;
-const GENL_HEADER_BYTES = 4;
 const FAMILY = 'mptcp_pm';
 const EVENT_GROUP = 'mptcp_pm_events';
 const COMMAND = { SET_FLAGS: 7, SUBFLOW_CREATE: 10, SUBFLOW_DESTROY: 11 } as const;
@@ -120,7 +116,9 @@ export async function openPathManager(namespace: Namespace, onEvent: (event: Pat
   const commands = openNetlink(PROTOCOL.GENERIC, { namespace });
   let events: NetlinkSocket | null = null;
   try {
-    const { family, group } = await resolveFamily(commands);
+    const { id: family, groups } = await resolveFamily(commands, FAMILY);
+    const group = groups.get(EVENT_GROUP);
+    if (group === undefined) throw new NetlinkError(`looking for the events of ${FAMILY}`, 'ENOENT');
     // A socket of its own: answers to commands and floods of events must not crowd each other out.
     events = openNetlink(PROTOCOL.GENERIC, {
       namespace,
@@ -134,7 +132,7 @@ export async function openPathManager(namespace: Namespace, onEvent: (event: Pat
     events.join(group);
     const subscription = events;
     const command = async (what: string, number: number, ...attributes: Buffer[]): Promise<void> => {
-      await commands.request(what, family, Buffer.concat([genlHeader(number), ...attributes]));
+      await commands.request(what, family, Buffer.concat([genericHeader(number), ...attributes]));
     };
     return {
       subflowCreate: ({ token, localId, local, remote, backup, index }) =>
@@ -197,28 +195,6 @@ function explain(error: unknown): unknown {
   return error;
 }
 
-async function resolveFamily(socket: NetlinkSocket): Promise<{ family: number; group: number }> {
-  const what = `looking for the ${FAMILY} family`;
-  const [answer] = await socket.request(
-    what,
-    CTRL_FAMILY,
-    Buffer.concat([genlHeader(CTRL_GETFAMILY), attribute(CTRL_ATTRIBUTE.NAME, Buffer.from(`${FAMILY}\0`))]),
-  );
-  const attributes = readAttributes(answer ?? Buffer.alloc(0), GENL_HEADER_BYTES);
-  const family = integer(attributes.get(CTRL_ATTRIBUTE.ID));
-  for (const nest of readAttributes(attributes.get(CTRL_ATTRIBUTE.GROUPS) ?? Buffer.alloc(0)).values()) {
-    const group = readAttributes(nest);
-    const id = integer(group.get(GROUP_ATTRIBUTE.ID));
-    if (group.get(GROUP_ATTRIBUTE.NAME)?.toString('latin1') === `${EVENT_GROUP}\0` && id !== null && family !== null) {
-      return { family, group: id };
-    }
-  }
-  throw new NetlinkError(what, 'ENOENT');
-}
-
-/** `struct genlmsghdr`: command, version, two reserved bytes. */
-const genlHeader = (command: number): Buffer => Buffer.of(command, 1, 0, 0);
-
 function address(value: Address): Buffer[] {
   const bytes = Buffer.alloc(value.family === 4 ? 4 : 16);
   let rest = value.value;
@@ -240,7 +216,7 @@ const endpoint = (value: Endpoint): Buffer[] => [
 
 /** Reads one event; null for kinds this program does not know, or that lack what they must have. */
 export function decodeEvent(payload: Buffer): PathEvent | null {
-  const attributes = readAttributes(payload, GENL_HEADER_BYTES);
+  const attributes = readAttributes(payload, GENERIC_HEADER_BYTES);
   const token = integer(attributes.get(IN_EVENT.TOKEN));
   const remoteId = integer(attributes.get(IN_EVENT.REM_ID)) ?? 0;
   const local = eventEndpoint(attributes, IN_EVENT.SADDR4, IN_EVENT.SADDR6, IN_EVENT.SPORT);

@@ -27,6 +27,8 @@ const FIRST_OWN_TYPE = 16;
 const FLAG_REQUEST = 1;
 const FLAG_ACK = 4;
 const FLAG_DUMP = 0x300;
+/** `NLM_F_CREATE | NLM_F_EXCL` */
+export const CREATE = 0x600;
 /** In an answer: what is dumped changed since the dump began. */
 const FLAG_DUMP_INTERRUPTED = 0x10;
 
@@ -49,9 +51,10 @@ export type NetlinkSocket = {
   /**
    * Sends one request and resolves with the payloads of its answers once the kernel acknowledged it. The kernel has
    * acted before this returns, unless the socket's queue is full.
+   * @param flags besides those of every request: `CREATE`, for a thing that must not exist yet
    * @throws NetlinkError with the kernel's code.
    */
-  request(what: string, type: number, payload: Buffer): Promise<Buffer[]>;
+  request(what: string, type: number, payload: Buffer, flags?: number): Promise<Buffer[]>;
   /**
    * Sends a dump request and hands over each record as it comes.
    * @throws NetlinkError with the kernel's code; EINTR at the end of a dump during which something changed: records may
@@ -329,9 +332,9 @@ export function openNetlink(protocol: number, options: NetlinkOptions = {}): Net
   }
 
   return {
-    async request(what, type, payload) {
+    async request(what, type, payload, flags = 0) {
       const records: Buffer[] = [];
-      await send(what, type, FLAG_ACK, payload, (record) => records.push(record));
+      await send(what, type, FLAG_ACK | flags, payload, (record) => records.push(record));
       return records;
     },
     dump: (what, type, payload, each) => send(what, type, FLAG_DUMP, payload, each),

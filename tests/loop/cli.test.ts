@@ -90,7 +90,7 @@ describe('bad configuration', () => {
     DETOUR_RELAY: 'all',
     DETOUR_PORTS: '9-1',
     DETOUR_KEYZ: 'x',
-    DETOUR_VPN: 'wireguard',
+    DETOUR_VPN: 'openvpn',
     DETOUR_SOCKET: 'rel',
   };
 

@@ -12,14 +12,17 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   [/^cli\.ts$/, 'entry'],
   [/^(router|client)\/main\.ts$/, 'entry'],
   [/^protocol\//, 'protocol'],
-  [/^router\/(policy|leases|ruleset)\.ts$/, 'pure'],
+  [/^router\/(policy|leases|ruleset|tunnels)\.ts$/, 'pure'],
   [
     /^client\/(manager|explain|state|joins|slots|repair|revival|roaming|spares|interfaces|adoption|fleet|listing|paths|worth)\.ts$/,
     'pure',
   ],
-  [/^client\/(rescue|redirect|workloads)\.ts$/, 'pure'],
-  [/^router\/(server|keeper|table|notices)\.ts$/, 'shell'],
-  [/^client\/(daemon|agent|report|metrics|detours|sources|names|loader|rescuer|docker|kubernetes)\.ts$/, 'shell'],
+  [/^client\/(rescue|redirect|workloads|enrolment|numbering|guard)\.ts$/, 'pure'],
+  [/^router\/(server|keeper|gateway|table|notices)\.ts$/, 'shell'],
+  [
+    /^client\/(daemon|agent|report|metrics|detours|tunnels|sources|names|loader|rescuer|docker|kubernetes)\.ts$/,
+    'shell',
+  ],
   [/^kernel\//, 'kernel'],
   [/^status\//, 'edge'],
   // Whatever stands beside cli.ts serves it: settings, log, doctor.

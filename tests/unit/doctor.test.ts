@@ -13,6 +13,8 @@ const client = loadClientHostSettings({ ...sources, env: {} }).settings;
 type Chain = { family: string; table: string; name: string; hook?: string; policy?: string };
 const ruleset = (...chains: Chain[]): string =>
   JSON.stringify({ nftables: [{ metainfo: {} }, ...chains.map((chain) => ({ chain }))] });
+const withVpn = loadRouterSettings({ ...sources, env: { ...sources.env, DETOUR_VPN: 'wireguard' } }).settings;
+const withTunnels = loadClientHostSettings({ ...sources, env: { DETOUR_STRATEGY: 'vpn,nat' } }).settings;
 const withRescue = loadClientHostSettings({ ...sources, env: { DETOUR_RESCUE: 'on' } }).settings;
 const REDIRECTION =
   'nft --check add table inet detour_rescue; add chain inet detour_rescue output { type nat hook output priority -100; }';
@@ -88,6 +90,55 @@ it('finds nothing on a machine where everything is well', async () => {
 it('repeats what is wrong with the configuration', async () => {
   const check = await only({}, { problems: ['DETOUR_PORTS: x'] });
   expect(check).toMatchObject({ name: 'configuration', state: 'fail', detail: 'DETOUR_PORTS: x' });
+});
+
+describe('tunnels', () => {
+  const module = { files: { '/sys/module/wireguard/version': '1.0.0\n' } };
+  const routes = (...dsts: string[]) => ({
+    'ip -j -4 route show table all': JSON.stringify(dsts.map((dst) => ({ dst, dev: 'eth0' }))),
+  });
+
+  it('are nobody’s business where nobody asks for them', async () => {
+    expect((await diagnose()).filter(({ name }) => name.includes('tunnel'))).toEqual([]);
+  });
+
+  it('are carried by the kernel, loaded or not', async () => {
+    expect(sick(await diagnose(module, { router: withVpn, client: withTunnels }))).toEqual([]);
+    const loadable = { commands: { 'modprobe --dry-run wireguard': '' } };
+    expect(sick(await diagnose(loadable, { router: withVpn, client: withTunnels }))).toEqual([]);
+  });
+
+  it('are carried by wireguard-go where the kernel cannot, at a price', async () => {
+    const parts = { files: { '/dev/net/tun': ' ' }, commands: { 'wireguard-go --version': 'wireguard-go v0' } };
+    const check = await only(parts, { client: withTunnels });
+    expect(check).toMatchObject({ name: 'client-tunnels', state: 'warn' });
+  });
+
+  it.each([
+    [{}, /wireguard-go and \/dev\/net\/tun/],
+    [{ files: { '/dev/net/tun': ' ' } }, /wireguard-go is not here/],
+    [{ commands: { 'wireguard-go --version': 'x' } }, /and \/dev\/net\/tun is not here/],
+  ])('cannot be had: %j', async (parts, detail) => {
+    const check = await only(parts, { router: withVpn });
+    expect(check).toMatchObject({ name: 'tunnels', state: 'fail', detail: expect.stringMatching(detail) });
+    expect(check.fix.join()).toContain('modprobe wireguard');
+    const inside = { ...parts, files: { '/.dockerenv': ' ', ...('files' in parts ? parts.files : {}) } };
+    const docker = await only(inside, { router: withVpn });
+    expect(docker.fix.join()).toContain('--device /dev/net/tun');
+  });
+
+  it('have a network that is this host’s own', async () => {
+    const check = await only({ ...module, commands: routes('default', '10.208.0.0/12') }, { router: withVpn });
+    expect(check).toMatchObject({ name: 'tunnel-network', state: 'fail' });
+    expect(check.detail).toContain('10.215.0.0/16 of DETOUR_VPN_NETWORK overlaps with 10.208.0.0/12');
+  });
+
+  it('have a port that something else uses, or that nothing does', async () => {
+    // 51820 is 0xca6c.
+    const udp = '  sl  local_address rem_address   st\n   0: 00000000:CA6C 00000000:0000 07 00000000:00000000\n';
+    const taken = { files: { ...module.files, '/proc/net/udp': udp } };
+    expect(await only(taken, { router: withVpn })).toMatchObject({ name: 'tunnel-port', state: 'fail' });
+  });
 });
 
 describe('kernel and rights', () => {
