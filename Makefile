@@ -30,11 +30,14 @@ build: $(BUNDLE) ## the program, dist/detour.js, and what the images hold, dist/
 check: $(MODULES) ## lint, types, unit and loop tests; needs no privileges
 	@node tests/lab/suite.ts lint types unit loop
 
-test: packages build kubernetes ## every test; with CI=true all of them and nothing skipped
+test: packages packages-vm build kubernetes ## every test; with CI=true all of them and nothing skipped
 	@$(WITH_ENGINE) tests/lab/all.sh test
 
 test-netns: packages build ## tests in network namespaces of their own: real nft, real Multipath TCP
 	@$(AS_ROOT) node tests/lab/suite.ts netns
+
+test-vm: packages packages-vm build ## tests on the kernel of Debian 13, in a VM: delay, loss, WireGuard
+	@$(AS_ROOT) node tests/lab/suite.ts vm
 
 test-containers: packages build ## tests with the images
 	@$(WITH_ENGINE) tests/lab/all.sh test-containers
@@ -54,16 +57,19 @@ bench: packages build ## measures what the design promises; writes out/bench
 clean: ## removes what was built (dist, out); `make clean-all` also what was fetched
 	rm -rf dist out
 
-clean-all: clean ## ... node_modules, Node, the engine's store, the base image and Kubernetes
+clean-all: clean ## ... node_modules, Node, the engine's store, the base image, the VM's kernel and Kubernetes
 	@$(AS_ROOT) tests/lab/engine.sh stop --purge
 	rm -rf node_modules .cache
 	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
 
-.PHONY: help build check test test-netns test-containers test-k8s kubernetes images demo bench clean clean-all packages
+.PHONY: help build check test test-netns test-vm test-containers test-k8s kubernetes images demo bench clean clean-all packages packages-vm
 
 # Checks for commands, so it costs nothing when all are there.
 packages:
 	@$(HOST) packages build lab docker
+
+packages-vm:
+	@$(HOST) packages vm
 
 # The programs of test clusters: built once, kept in the cache.
 kubernetes: packages

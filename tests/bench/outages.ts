@@ -51,8 +51,9 @@ export async function measureOutages(): Promise<Figure[]> {
 
 async function worldOf(name: string): Promise<World> {
   const world = await World.create(name, { detours: 2, rateMbit: RATE_MBIT });
-  await world.direct.rate(RATE_MBIT, QUEUE_MS);
-  for (const detour of world.detours) await detour.way.rate(RATE_MBIT, QUEUE_MS);
+  const conditions = { rateMbit: RATE_MBIT, queueMs: QUEUE_MS };
+  await world.direct.shape(conditions);
+  for (const detour of world.detours) await detour.way.shape(conditions);
   await startServer(world.server);
   await world.startRouters();
   return world;

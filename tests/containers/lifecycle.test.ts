@@ -131,7 +131,8 @@ describe.runIf(requireRoot('tests of containers that come and go'))('containers 
     expect(fresh.paths.filter(({ remote }) => remote === DETOUR)).toHaveLength(1);
 
     expect(transfer.program.running).toBe(true);
-    await Promise.all([world.direct.rate(FAST_MBIT), world.detours[0]?.way.rate(FAST_MBIT)]);
+    const fast = { rateMbit: FAST_MBIT };
+    await Promise.all([world.direct.shape(fast), world.detours[0]?.way.shape(fast)]);
     const result = await transfer.result;
     expect(result.sha256).toBe(expectedSha256('detour', LONG_BYTES));
     expect(result.mptcp).toBe(true);

@@ -238,11 +238,11 @@ export class ClusterWorld implements AsyncDisposable {
 
   /** Does something while all ways to the server are slow: a transfer that is under way does not end before it is done. */
   async whileSlow(task: () => Promise<void>): Promise<void> {
-    await Promise.all(this.#ways.map((way) => way.rate(SLOW_MBIT)));
+    await Promise.all(this.#ways.map((way) => way.shape({ rateMbit: SLOW_MBIT })));
     try {
       await task();
     } finally {
-      await Promise.all(this.#ways.map((way) => way.rate(RATE_MBIT)));
+      await Promise.all(this.#ways.map((way) => way.shape({ rateMbit: RATE_MBIT })));
     }
   }
 

@@ -12,7 +12,7 @@ case ${1:-} in
     compose/demo/image.sh
     node compose/demo/run.ts
     ;;
-  test) node tests/lab/suite.ts lint types unit loop netns images containers k8s ;;
+  test) node tests/lab/suite.ts lint types unit loop netns vm images containers k8s ;;
   test-containers) node tests/lab/suite.ts images containers ;;
   test-k8s) node tests/lab/suite.ts images k8s ;;
   *) echo 'usage: all.sh images|demo|test|test-containers|test-k8s' >&2; exit 64 ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Brings what this machine lacks, and says so, one line each. A second run finds everything in place and does nothing.
 #
-#   host.sh packages GROUP...   Debian or Ubuntu packages: build, lab (network namespaces), docker, base-image, cluster
+#   host.sh packages GROUP...   Debian or Ubuntu packages: build, lab (network namespaces), docker, base-image, vm, cluster
 #   host.sh node DIR            Node 24 and npm in DIR/bin: links to the system's when that is new enough, else from the npm registry
 #   host.sh debian-mirror       prints the mirror Debian packages come from, if this machine names one
 #   host.sh unpack RELEASE DIR PACKAGE...   what Debian's packages of that release contain, in DIR; nothing is installed
@@ -42,7 +42,7 @@ need() { # $1 command, $2 package, $3 why
 }
 
 packages() {
-  local group plugins=no
+  local group plugins=no vm=no
   for group in "$@"; do
     case $group in
       build)
@@ -75,6 +75,15 @@ packages() {
         need mmdebstrap mmdebstrap 'makes the base image where no container registry answers'
         [ -f /usr/share/keyrings/debian-archive-keyring.gpg ] || { wanted+=(debian-archive-keyring); say 'installing debian-archive-keyring: checks the packages of the base image'; }
         ;;
+      vm)
+        [ "$(uname -m)" = x86_64 ] || { say "no VM on $(uname -m): its tests are skipped"; continue; }
+        need qemu-system-x86_64 qemu-system-x86 'a machine with a kernel of its own'
+        need modprobe kmod 'loads modules in the VM'
+        need zstd zstd 'unpacks the kernel of the VM'
+        need xz xz-utils 'unpacks its modules'
+        need setpriv util-linux 'ends the VM with what started it'
+        vm=yes
+        ;;
       cluster)
         need git git 'the Kubernetes build asks it for a version'
         need make make 'drives the generators of the Kubernetes build'
@@ -87,6 +96,7 @@ packages() {
     esac
   done
   install_wanted
+  if [ $vm = yes ]; then vm_system; fi
   if [ $plugins = yes ]; then
     # Debian 13 keeps the command line in a package of its own.
     if ! command -v docker >/dev/null; then wanted+=(docker-cli); say 'installing docker-cli: the docker command'; install_wanted; fi
@@ -143,6 +153,37 @@ plugins_from_trixie() {
   rm -rf "$unpacked"
 }
 
+# What the VM boots: Debian 13's kernel with its modules, and a static busybox to start it with, unpacked into the cache.
+vm_system() {
+  local vm=${XDG_CACHE_HOME:-$HOME/.cache}/detour/vm
+  [ ! -e "$vm/system" ] || return 0
+  mkdir -p "$vm"
+  # Two trees of this project may come here at once.
+  exec 9>"$vm/lock"
+  flock 9
+  if [ ! -e "$vm/system" ]; then
+    say "unpacking the kernel of Debian 13 into $vm (110 MB to fetch): tests in a VM"
+    rm -rf "$vm/part"
+    unpack trixie "$vm/part" "linux-image-$(dpkg --print-architecture)" busybox-static
+    # Some builds of kmod look for lib/modules, others for usr/lib/modules.
+    ln -s usr/lib "$vm/part/lib"
+    depmod -b "$vm/part" "$(ls "$vm/part/lib/modules")"
+    unpack_kernel "$vm"/part/boot/vmlinuz-* >"$vm/part/vmlinux"
+    mv "$vm/part" "$vm/system"
+  fi
+  exec 9>&-
+}
+
+# Prints what bzImage $1 would unpack at every boot. The places of numbers in it are those of Documentation/arch/x86/boot.rst:
+# setup_sects, payload_offset, payload_length.
+unpack_kernel() {
+  local sectors offset length
+  read -r sectors < <(od -An -j $((0x1f1)) -N 1 -t u1 "$1")
+  read -r offset length < <(od -An -j $((0x248)) -N 8 -t u4 "$1")
+  # The last four bytes are the unpacked size, which zstd does not know.
+  dd if="$1" iflag=skip_bytes,count_bytes skip=$(((sectors + 1) * 512 + offset)) count=$((length - 4)) bs=1M status=none | zstd -q -dc
+}
+
 # ---- packages of a Debian that this machine need not be
 
 # Sets `other` to apt-get for that release alone, its lists read. They and what is downloaded stay in $2, and out of the system's
@@ -159,14 +200,18 @@ other_release() { # $1 release, $2 scratch folder, absolute
 }
 
 unpack() { # $1 release, $2 folder, packages
-  local release=$1 target scratch
+  local release=$1 target scratch package names=()
   mkdir -p "$2"
   target=$(realpath "$2")
   scratch=$(mktemp -d)
   shift 2
   other_release "$release" "$scratch"
-  (cd "$scratch/archives" && "${other[@]}" download "$@" >&2) || { rm -rf "$scratch"; die "$* of Debian's $release could not be downloaded"; }
-  local package
+  for package in "$@"; do
+    # linux-image-amd64 is empty, and depends on the newest.
+    case $package in linux-image-*) package=$(apt-cache "${other[@]:1}" depends "$package" | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p') ;; esac
+    names+=("$package")
+  done
+  (cd "$scratch/archives" && "${other[@]}" download "${names[@]}" >&2) || { rm -rf "$scratch"; die "${names[*]} of Debian's $release could not be downloaded"; }
   for package in "$scratch/archives"/*.deb; do dpkg-deb -x "$package" "$target"; done
   rm -rf "$scratch"
 }

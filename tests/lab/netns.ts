@@ -16,6 +16,9 @@ const LONGEST_INTERFACE_NAME = 15;
 const DEFAULT_EXEC_DEADLINE_MS = 30_000;
 /** Enough for a full-size segment train, so that GSO packets are not split needlessly; 32 kB at 20 Mbit/s is 13 ms. */
 const SHAPER_BURST = '32kb';
+const DEFAULT_QUEUE_MS = 50;
+/** Packets under way on a link with a delay: more than any test sends, for what is dropped is for the queue and the loss to say. */
+const IN_FLIGHT_LIMIT = 100_000;
 const OUTPUT_LIMIT_BYTES = 256 * 1024 * 1024;
 export type ExecOptions = {
   readonly env?: Readonly<Record<string, string>>;
@@ -28,15 +31,24 @@ export type ExecResult = { readonly code: number; readonly stdout: string; reado
 
 export type Exit = { readonly code: number | null; readonly signal: NodeJS.Signals | null };
 
-export type LinkOptions = {
+/** What one direction of a link is like. What is absent is as good as this machine allows. */
+export type Conditions = {
+  /** Mbit/s. */
+  readonly rateMbit?: number;
+  /** Longest time a packet waits in the queue of the rate limit, in ms (default 50). What would wait longer is dropped. */
+  readonly queueMs?: number;
+  /** How long a packet is under way, besides its time in the queue, in ms. Needs netem. */
+  readonly delayMs?: number;
+  /** Packets lost by chance, 0 to 100 percent. Needs netem. */
+  readonly lossPercent?: number;
+};
+
+/** The conditions hold for each direction; `Link.shape` changes them. */
+export type LinkOptions = Conditions & {
   /** An IPv4 network such as `10.1.0.0/30`: the first host takes its first address, the second host its second. */
   readonly v4?: string;
   /** An IPv6 network such as `fd00:1::/64`, used likewise. */
   readonly v6?: string;
-  /** Rate of each direction in Mbit/s; unlimited if absent. */
-  readonly rateMbit?: number;
-  /** Longest time a packet waits in the queue of the rate limit, in ms (default 50). */
-  readonly queueMs?: number;
   readonly mtu?: number;
   /** Interface names; by default `to-` and the other host's name. */
   readonly devA?: string;
@@ -72,6 +84,21 @@ export function requireRoot(what = 'network namespace tests'): boolean {
   return false;
 }
 
+/** Whether this process runs in the VM of tests/lab/vm.sh. */
+export const inVm = process.env['LAB_VM'] === '1';
+
+/** How much longer than elsewhere everything here may take: the VM's processor is emulated, and some ten to twenty times slower. */
+const PATIENCE = inVm ? 10 : 1;
+
+/** Like requireRoot, for tests that need the VM's kernel. */
+export function requireVm(what: string): boolean {
+  if (inVm) return true;
+  const remedy = `${what} need the VM: make test-vm, or tests/lab/vm.sh run -- npx vitest run --project vm`;
+  if (process.env['CI'] === 'true') throw new Error(remedy);
+  console.warn(`skipped: ${remedy}`);
+  return false;
+}
+
 /**
  * Calls `probe` until it returns something other than false, null or undefined, and returns that. A probe that throws counts as
  * "not yet"; its last error is part of the message when the deadline passes.
@@ -80,7 +107,8 @@ export async function waitUntil<T>(
   probe: () => T | Promise<T>,
   options: { readonly deadlineMs: number; readonly what: string; readonly everyMs?: number },
 ): Promise<Exclude<T, false | null | undefined>> {
-  const deadline = performance.now() + options.deadlineMs;
+  const deadlineMs = options.deadlineMs * PATIENCE;
+  const deadline = performance.now() + deadlineMs;
   let last = 'the condition was not met';
   for (;;) {
     try {
@@ -91,7 +119,7 @@ export async function waitUntil<T>(
       last = error instanceof Error ? error.message : String(error);
     }
     if (performance.now() >= deadline) {
-      throw new Error(`waited ${options.deadlineMs} ms in vain for ${options.what}: ${last}`);
+      throw new Error(`waited ${deadlineMs} ms in vain for ${options.what}: ${last}`);
     }
     await delay(options.everyMs ?? 20);
   }
@@ -142,7 +170,8 @@ export class Running {
       typeof pattern === 'string' ? line.includes(pattern) : line.search(pattern) >= 0;
     const find = (): string | undefined => this.lines.find(matches) ?? this.errors.find(matches);
     const timer = new AbortController();
-    const expired = delay(deadlineMs, 'expired' as const, { signal: timer.signal }).catch(() => 'expired' as const);
+    const patienceMs = deadlineMs * PATIENCE;
+    const expired = delay(patienceMs, 'expired' as const, { signal: timer.signal }).catch(() => 'expired' as const);
     try {
       for (;;) {
         const found = find();
@@ -154,7 +183,7 @@ export class Running {
         const outcome = await Promise.race([change.promise, expired]);
         this.#watchers.delete(wake);
         if (outcome === 'expired' && find() === undefined) {
-          throw new Error(this.#complaint(`did not print ${pattern} within ${deadlineMs} ms`));
+          throw new Error(this.#complaint(`did not print ${pattern} within ${patienceMs} ms`));
         }
       }
     } finally {
@@ -170,7 +199,7 @@ export class Running {
   /** Signals the program alone (default SIGTERM) and waits for its end; SIGKILL after `graceMs`. */
   async stop(signal: NodeJS.Signals = 'SIGTERM', graceMs = 5_000): Promise<Exit> {
     this.kill(signal);
-    const timer = setTimeout(() => this.killGroup(), graceMs);
+    const timer = setTimeout(() => this.killGroup(), graceMs * PATIENCE);
     try {
       return await this.exited;
     } finally {
@@ -318,6 +347,7 @@ export class Host {
 export class Link {
   readonly a: LinkEnd;
   readonly b: LinkEnd;
+  readonly #conditions = new Map<LinkEnd, Conditions>();
 
   constructor(a: LinkEnd, b: LinkEnd) {
     this.a = a;
@@ -379,9 +409,18 @@ export class Link {
     await host.exec(['ip', 'link', 'set', end.dev, 'up']);
   }
 
-  /** Changes the rate of both directions, Mbit/s. */
-  async rate(mbit: number, queueMs = 50): Promise<void> {
-    await Promise.all([shape(this.a, mbit, queueMs), shape(this.b, mbit, queueMs)]);
+  /**
+   * Puts other conditions in the place of those there are, for what `from` sends or, without it, for both directions. Packets that
+   * wait stay where they are while only numbers change. Throws a LabError, with the remedy, on a kernel without netem.
+   */
+  async shape(conditions: Conditions, from?: Host): Promise<void> {
+    const senders = from === undefined ? [this.a, this.b] : [this.at(from)];
+    await Promise.all(
+      senders.map(async (end) => {
+        await shape(end, this.#conditions.get(end) ?? {}, conditions);
+        this.#conditions.set(end, conditions);
+      }),
+    );
   }
 
   #receivers(from: Host | undefined): LinkEnd[] {
@@ -461,7 +500,7 @@ export class Lab implements AsyncDisposable {
       await side.host.exec(['ip', '-batch', '-'], { input: `${commands.join('\n')}\n` });
     }
     const link = new Link(ends[0], ends[1]);
-    if (options.rateMbit !== undefined) await link.rate(options.rateMbit, options.queueMs);
+    await link.shape(options);
     return link;
   }
 
@@ -501,9 +540,35 @@ function interfaceName(peer: Host): string {
   return `to-${peer.name}`.slice(0, LONGEST_INTERFACE_NAME);
 }
 
-async function shape(side: LinkEnd, mbit: number, queueMs: number): Promise<void> {
-  const limits = ['rate', `${mbit}mbit`, 'burst', SHAPER_BURST, 'latency', `${queueMs}ms`];
-  await side.host.exec(['tc', 'qdisc', 'replace', 'dev', side.dev, 'root', 'tbf', ...limits]);
+/** The queueing disciplines of these conditions, root first, as arguments of `tc qdisc`. */
+function disciplines({ rateMbit, queueMs = DEFAULT_QUEUE_MS, delayMs = 0, lossPercent = 0 }: Conditions): string[][] {
+  const found: string[][] = [];
+  if (delayMs > 0 || lossPercent > 0) {
+    const way = ['delay', `${delayMs}ms`, 'loss', `${lossPercent}%`, 'limit', String(IN_FLIGHT_LIMIT)];
+    found.push(['root', 'handle', '1:', 'netem', ...way]);
+  }
+  if (rateMbit !== undefined) {
+    const place = found.length === 0 ? ['root', 'handle', '2:'] : ['parent', '1:1', 'handle', '2:'];
+    const limits = ['rate', `${rateMbit}mbit`, 'burst', SHAPER_BURST, 'latency', `${queueMs}ms`];
+    found.push([...place, 'tbf', ...limits]);
+  }
+  return found;
+}
+
+async function shape({ host, dev }: LinkEnd, before: Conditions, after: Conditions): Promise<void> {
+  const [old, wanted] = [disciplines(before), disciplines(after)];
+  const places = (all: string[][]): string => all.map((words) => words.slice(0, 4)).join();
+  // Another tree: the old one goes first, because a discipline cannot be changed into one of another kind.
+  if (old.length > 0 && places(old) !== places(wanted)) await host.exec(['tc', 'qdisc', 'del', 'dev', dev, 'root']);
+  for (const words of wanted) {
+    const command = ['tc', 'qdisc', 'replace', 'dev', dev, ...words];
+    const result = await host.try(command);
+    if (result.code === 0) continue;
+    const unknown = words.includes('netem') && result.stderr.includes('qdisc kind is unknown');
+    const remedy =
+      'this kernel has no netem (module sch_netem), which delay and loss need: run the test in the VM (tests/vm)';
+    throw new LabError(host.name, command, unknown ? { ...result, stderr: remedy } : result);
+  }
 }
 
 function pair4(network: string): { addresses: [string, string]; length: number } {
@@ -584,7 +649,7 @@ function run(command: readonly string[], options: ExecOptions): Promise<ExecResu
       {
         env: { ...process.env, ...options.env },
         maxBuffer: OUTPUT_LIMIT_BYTES,
-        timeout: options.timeoutMs ?? DEFAULT_EXEC_DEADLINE_MS,
+        timeout: (options.timeoutMs ?? DEFAULT_EXEC_DEADLINE_MS) * PATIENCE,
         killSignal: 'SIGKILL',
         ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
       },

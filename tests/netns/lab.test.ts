@@ -45,6 +45,16 @@ describe.runIf(requireRoot('tests of the network laboratory'))('the network labo
     expect(mbps).toBeLessThan(20.5);
   });
 
+  it('delays, or says what that takes', async () => {
+    await using lab = await Lab.create('lab.delay');
+    const [left, right] = [await lab.host('left'), await lab.host('right')];
+    const outcome = await lab.link(left, right, { v4: '10.77.1.0/30', delayMs: 10 }).then(
+      (link) => left.exec(['tc', 'qdisc', 'show', 'dev', link.at(left).dev]),
+      (error: unknown) => String(error),
+    );
+    expect(outcome).toMatch(/delay 10ms|this kernel has no netem .* run the test in the VM/);
+  });
+
   it('swallows one direction or both without a word, counts it, and restores it', async () => {
     await using lab = await Lab.create('lab.hole');
     const [left, right] = [await lab.host('left'), await lab.host('right')];

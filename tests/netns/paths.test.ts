@@ -100,7 +100,7 @@ describe.runIf(requireRoot('tests of detours that are no help'))('the agent does
       await using world = await World.create('paths', { rateMbit: 20 });
       const [detour] = world.detours;
       if (!detour) throw new Error('no detour');
-      await detour.way.rate(1, 400);
+      await detour.way.shape({ rateMbit: 1, queueMs: 400 });
       await startServer(world.server);
       const bytes = 50_000_000;
       const control = await startTransfer(world.client, { to: SERVER, bytes, direction }).result;
