@@ -23,8 +23,10 @@ import {
   type TunnelResponse,
   TYPE,
 } from '../../appliance/protocol/control.ts';
+import { inVm } from './netns.ts';
 
-const SILENCE_MS = 500;
+/** The VM's processor is emulated. */
+const SILENCE_MS = inVm ? 10_000 : 500;
 
 /** What became of a question about tunnels. */
 export type TunnelAnswer = { readonly result: string; readonly lifetime?: number; readonly tunnel?: TunnelGrant };
