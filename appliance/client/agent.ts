@@ -128,6 +128,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   /** What adds a wall-clock time to a monotonic one. */
   const wallAt = (at: number): string => new Date(clock.wall() - (clock.now() - at)).toISOString();
   const diag = ports.openDiag();
+  let network: Network | null = null;
   let pathManager: PathManager | null = null;
   let rescuer: Rescuer | null = null;
   let stopped = false;
@@ -307,6 +308,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
 
   /** Looks at the host's addresses; unless `anyway`, nothing follows when they are what they were. */
   async function look(anyway: boolean): Promise<void> {
+    if (!network) return;
     try {
       const addresses = await network.addresses();
       const chosen = settings.interfaces && (await network.defaults());
@@ -337,7 +339,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   async function findSources(servers: readonly Address[]): Promise<void> {
     const found: ServerSource[] = [];
     for (const server of servers) {
-      const route = await network.route(server).catch(() => null);
+      const route = await network?.route(server).catch(() => null);
       found.push({ server, local: route?.source ?? null });
     }
     handle({ kind: 'sources-found', sources: found });
@@ -352,11 +354,26 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
     onEvent: handle,
     onExchange: (type, result) => metrics.exchanges.inc({ type, result }),
   });
-  pathManager = await ports.openPathManager(onKernelEvent);
-  const network = ports.openNetwork(onNews);
-  if (rescue) {
-    const { fwmark } = settings;
-    rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
+  /** Its sockets would otherwise keep the namespace, after everybody has left it. */
+  async function stop(): Promise<void> {
+    stopped = true;
+    detours.stop();
+    network?.close();
+    pathManager?.close();
+    await rescuer?.stop(needsRedirections(state));
+    diag.close();
+  }
+
+  try {
+    pathManager = await ports.openPathManager(onKernelEvent);
+    network = ports.openNetwork(onNews);
+    if (rescue) {
+      const { fwmark } = settings;
+      rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
+    }
+  } catch (error) {
+    await stop();
+    throw error;
   }
   // What is adopted is told apart by the addresses of this host.
   void look(true).then(dump);
@@ -389,14 +406,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
       };
     },
     explain: (address, port) => showExplanation(state, address, port, time(), wallAt),
-    async stop() {
-      stopped = true;
-      detours.stop();
-      network.close();
-      pathManager?.close();
-      await rescuer?.stop(needsRedirections(state));
-      diag.close();
-    },
+    stop,
   };
 }
 

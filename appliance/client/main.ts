@@ -27,7 +27,7 @@ import { type DaemonPorts, type Place, startDaemon } from './daemon.ts';
 import { watchDocker } from './docker.ts';
 import { watchKubernetes } from './kubernetes.ts';
 import { type LoaderPorts, unload as restore, load as select } from './loader.ts';
-import { REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
+import { REDIRECTIONS, REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
 
 /** The nftables table in which the client remembers what it changed. It holds no chain and touches no packet. */
 export const CLIENT_TABLE = 'detour_client';
@@ -37,6 +37,9 @@ export type RunningClient = {
   /** Puts the path manager back and ends. Paths that exist go on without the agent. */
   stop(): Promise<void>;
 };
+
+/** Where Docker keeps the network namespaces of its containers. */
+const SANDBOXES = '/var/run/docker/netns';
 
 /** A burst of connections leaves freed memory behind; as for the router. */
 const TRIM_MS = 10_000;
@@ -111,6 +114,7 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
   if (providers.every((name) => name === 'host')) return [];
   await mayEnter(providers);
   const clock = systemClock;
+  const processes = systemProcesses();
   const readers = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
   const watchers: DaemonPorts['providers'][number][] = [];
   if (providers.includes('docker')) {
@@ -118,11 +122,10 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
     // Only when it is needed: the library takes 10 MB.
     const { dockerEngine } = await import('../kernel/engine.ts');
     const engine = dockerEngine(socketPath);
-    watchers.push((onChange) => watchDocker({ engine, clock, log, readers, onChange }));
+    watchers.push((onChange) => watchDocker({ engine, processes, clock, log, readers, onChange }));
   }
   if (providers.includes('kubernetes')) {
     const pods = podsOf(apiServer());
-    const processes = systemProcesses();
     watchers.push((onChange) => watchKubernetes({ pods, processes, clock, log, readers, onChange }));
   }
   return watchers;
@@ -137,7 +140,7 @@ async function mayEnter(providers: readonly ProviderName[]): Promise<void> {
     throw new Fatal(
       69,
       `DETOUR_PROVIDERS=${providers.join(',')}: this process may not enter other network namespaces (${error.code}); it needs CAP_SYS_ADMIN. ` +
-        'docker: --cap-add SYS_ADMIN -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave; ' +
+        `docker: --cap-add SYS_ADMIN -v ${SANDBOXES}:${SANDBOXES}:ro,rslave; ` +
         'Kubernetes: use the overlay k8s/overlays/pods, which also has hostPID and SYS_PTRACE',
     );
   }
@@ -176,13 +179,22 @@ async function enter(path: string): Promise<Namespace> {
     return await openNamespace(path);
   } catch (error) {
     if (!(error instanceof NamespaceError)) throw error;
-    const inProc = path.startsWith('/proc/');
-    if (error.code === 'ENOENT' && !inProc)
-      throw new Error(`${error.message}; mount it: -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave`);
-    if (error.code === 'EACCES' || (error.code === 'EPERM' && inProc))
-      throw new Error(`${error.message}; it needs the host's pid namespace and CAP_SYS_PTRACE besides CAP_SYS_ADMIN`);
-    throw error;
+    throw new Error(`${error.message}${remedyFor(path, error.code)}`);
   }
+}
+
+function remedyFor(path: string, code: string): string {
+  if (path.startsWith('/proc/')) {
+    return code === 'EACCES' || code === 'EPERM'
+      ? "; with the host's pid namespace it needs CAP_SYS_PTRACE besides CAP_SYS_ADMIN"
+      : '';
+  }
+  const mount = `-v ${SANDBOXES}:${SANDBOXES}:ro,rslave`;
+  if (code === 'ENOENT')
+    return `; the agent has to see the engine's files: ${mount} (docker info says where, if its exec-root is another)`;
+  // A file that nothing is mounted on is an ordinary one.
+  if (code === 'EINVAL') return `; what the engine mounts must reach the agent after its start: ${mount}`;
+  return '';
 }
 
 /** `detour load`: selects the userspace path manager until `detour unload`. @throws Fatal (69) */
@@ -203,7 +215,10 @@ export async function cleanupClient(settings: ClientHostSettings, log: Log): Pro
 
 /** @throws Fatal (69) */
 async function removeRedirections(namespace: Namespace = ownNamespace): Promise<void> {
-  const failure = await systemNft({ namespace }).run(REMOVE_REDIRECTIONS);
+  const nft = systemNft({ namespace });
+  // Usually there are none, which is seen in a tenth of the time that removing them takes.
+  const absent = await nft.dump(...REDIRECTIONS, () => undefined);
+  const failure = absent?.kind === 'absent' ? null : await nft.run(REMOVE_REDIRECTIONS);
   if (failure) throw new Fatal(69, `cannot remove table ${RESCUE_TABLE}: ${remedyOf(failure)}`);
 }
 

@@ -19,7 +19,10 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   ],
   [/^client\/(rescue|redirect|workloads)\.ts$/, 'pure'],
   [/^router\/(server|keeper|table|notices)\.ts$/, 'shell'],
-  [/^client\/(daemon|agent|report|metrics|detours|sources|names|loader|rescuer|docker|kubernetes)\.ts$/, 'shell'],
+  [
+    /^client\/(daemon|agent|report|metrics|detours|sources|names|loader|rescuer|provider|docker|kubernetes)\.ts$/,
+    'shell',
+  ],
   [/^kernel\//, 'kernel'],
   [/^status\//, 'edge'],
   // Whatever stands beside cli.ts serves it: settings, log, doctor.
