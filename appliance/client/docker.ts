@@ -37,10 +37,15 @@ export function watchDocker({ engine, processes, clock, log, readers, onChange }
     if (known.delete(id)) publish();
   }
 
+  /** Whatever was said of it: what it is now counts, for events may come late and out of order. */
   async function look(id: string): Promise<void> {
     const container = await engine.inspect(id);
+    if (!container) {
+      forget(id);
+      return;
+    }
     const before = known.get(id);
-    const now = container && (await workloadOf(container));
+    const now = await workloadOf(container);
     if (now) known.set(id, now);
     else known.delete(id);
     if (before?.key !== now?.key) publish();
@@ -98,19 +103,17 @@ export function watchDocker({ engine, processes, clock, log, readers, onChange }
     try {
       const { ended } = await engine.follow(
         LABEL,
-        ({ id, what }) => {
-          inTurn(here, async () => (what === 'started' ? look(id) : forget(id))).catch(broken.reject);
+        (id) => {
+          inTurn(here, () => look(id)).catch(broken.reject);
         },
         here,
       );
       void ended.then((why) => broken.reject(new Error(why)));
-      await Promise.race([inTurn(here, readAll), broken.promise]);
+      await inTurn(here, readAll);
       answered();
-      // Also when there is nothing: whoever waits for the first answer has it.
-      publish();
       while (!signal.aborted) {
         await Promise.race([pause(RECONCILE_MS), broken.promise]);
-        await Promise.race([inTurn(here, readAll), broken.promise]);
+        await inTurn(here, readAll);
       }
     } finally {
       end.abort();

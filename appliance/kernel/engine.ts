@@ -1,5 +1,5 @@
-import { createInterface } from 'node:readline';
 import Docker from 'dockerode';
+import { linesOf } from './lines.ts';
 
 /** The Docker engine of this host, as far as it knows who runs in which network namespace. Only reads. */
 
@@ -23,23 +23,17 @@ export type ContainerNetwork =
   | { readonly kind: 'joined'; readonly container: string }
   | { readonly kind: 'host' };
 
-export type EngineEvent = { readonly id: string; readonly what: 'started' | 'ended' };
-
 export type Engine = {
   /** Ids of the running containers that have a label of that name. @throws Error */
   list(label: string): Promise<readonly string[]>;
   /** Null when it does not run (any more). @throws Error when the engine does not answer */
   inspect(id: string): Promise<EngineContainer | null>;
   /**
-   * Hears of starts and ends of containers with that label, from when this resolves until `signal` or the engine ends it; then
-   * `ended` resolves, saying why.
+   * Hears the ids of containers with that label that started or ended, from when this resolves until `signal` or the engine ends
+   * it; then `ended` resolves, saying why.
    * @throws Error
    */
-  follow(
-    label: string,
-    each: (event: EngineEvent) => void,
-    signal: AbortSignal,
-  ): Promise<{ readonly ended: Promise<string> }>;
+  follow(label: string, each: (id: string) => void, signal: AbortSignal): Promise<{ readonly ended: Promise<string> }>;
 };
 
 /** A socket that takes the question and says nothing, or breaks off in the middle of the answer: the library would wait for ever. */
@@ -89,21 +83,26 @@ export function dockerEngine(socketPath: string, deadlineMs = DEADLINE_MS): Engi
       // The library knows `abortSignal` here, too; its types do not, hence a variable.
       const options = { filters, abortSignal: signal };
       const stream = await ask(() => docker.getEvents(options));
-      const { promise: ended, resolve } = Promise.withResolvers<string>();
-      stream.on('error', (error) => resolve(reasonOf(error, socketPath)));
-      stream.on('close', () => resolve('the engine ended the conversation'));
-      createInterface({ input: stream }).on('line', (line) => {
-        const event = readEvent(line);
-        if (event && !signal.aborted) each(event);
-      });
-      return { ended };
+      const listen = async (): Promise<string> => {
+        try {
+          for await (const line of linesOf(stream)) {
+            const id = idIn(line);
+            if (id !== null && !signal.aborted) each(id);
+          }
+          return 'the engine ended the conversation';
+        } catch (error) {
+          return reasonOf(error, socketPath);
+        }
+      };
+      return { ended: listen() };
     },
   };
 }
 
 function readContainer(answer: Docker.ContainerInspectInfo): EngineContainer | null {
   const { Id, Name, State, Config, NetworkSettings, HostConfig } = answer;
-  if (!State.Running) return null;
+  // While it waits to be started again, the engine says that it runs.
+  if (!State.Running || State.Restarting) return null;
   const mode = HostConfig.NetworkMode ?? '';
   const joined = /^container:(.+)$/.exec(mode)?.[1];
   return {
@@ -121,13 +120,11 @@ function readContainer(answer: Docker.ContainerInspectInfo): EngineContainer | n
   };
 }
 
-/** One line of the engine's event stream; null for anything else. */
-function readEvent(line: string): EngineEvent | null {
+/** The container that a line of the engine's event stream is about; null for anything else. */
+function idIn(line: string): string | null {
   try {
-    const { Action, Actor } = JSON.parse(line) as { Action?: unknown; Actor?: { ID?: unknown } };
-    if (typeof Actor?.ID !== 'string') return null;
-    if (Action === 'start') return { id: Actor.ID, what: 'started' };
-    return Action === 'die' ? { id: Actor.ID, what: 'ended' } : null;
+    const { Actor } = JSON.parse(line) as { Actor?: { ID?: unknown } };
+    return typeof Actor?.ID === 'string' ? Actor.ID : null;
   } catch {
     return null;
   }

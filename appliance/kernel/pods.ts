@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs';
 import type { IncomingMessage } from 'node:http';
 import { Agent, request } from 'node:https';
+import { linesOf } from './lines.ts';
 
 /**
  * The pods of one node, from the Kubernetes API (https://kubernetes.io/docs/reference/using-api/api-concepts/). List and watch only. The
@@ -66,7 +67,7 @@ const WATCH_S = 300;
 const WATCH_GRACE_S = 30;
 /** Pods with all their status are some 10 kB each. */
 const PAGE = 100;
-/** Far more than the pods of a node have, or one of them: the API takes objects of 1.5 MB at most. */
+/** Far more than the pods of a node have. */
 const LONGEST_ANSWER = 64 * 1024 * 1024;
 const GONE = 410;
 
@@ -160,18 +161,6 @@ async function follow(response: IncomingMessage, each: (event: PodEvent) => void
     return { kind: 'closed' };
   } finally {
     response.destroy();
-  }
-}
-
-/** Not readline: when the connection breaks it says nothing, and waits for ever. */
-async function* linesOf(response: IncomingMessage): AsyncGenerator<string> {
-  let tail = '';
-  response.setEncoding('utf8');
-  for await (const part of response as AsyncIterable<string>) {
-    const lines = (tail + part).split('\n');
-    tail = lines.pop() ?? '';
-    if (tail.length > LONGEST_ANSWER) return;
-    for (const line of lines) if (line.trim() !== '') yield line;
   }
 }
 

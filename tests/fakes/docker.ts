@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { rmSync } from 'node:fs';
+import { renameSync } from 'node:fs';
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 
 /** A container as the engine tells of it. */
@@ -13,7 +13,7 @@ export type FakeContainer = {
   /** NetworkSettings.SandboxKey of one with a network of its own. */
   sandbox: string;
   pid: number;
-  state: 'running' | 'paused' | 'exited';
+  state: 'running' | 'paused' | 'restarting' | 'exited';
   startedAt: Date;
 };
 
@@ -45,14 +45,18 @@ export class FakeDocker implements AsyncDisposable {
     await once(this.#server, 'listening');
   }
 
-  /** As when the engine is stopped: conversations break, the socket's file stays or goes. */
+  /** As when the engine is stopped: conversations break. When it was killed it leaves the socket's file behind. */
   async shut(leaveFile = false): Promise<void> {
     const server = this.#server;
+    if (!server) return;
     this.#server = null;
     this.#followers.clear();
-    server?.closeAllConnections();
-    await new Promise<void>((resolve) => (server ? server.close(() => resolve()) : resolve()));
-    if (!leaveFile) rmSync(this.path, { force: true });
+    // Node removes the file by its name when it closes the socket.
+    const aside = `${this.path}.aside`;
+    if (leaveFile) renameSync(this.path, aside);
+    server.closeAllConnections();
+    await new Promise<void>((resolve) => server.close(() => resolve()));
+    if (leaveFile) renameSync(aside, this.path);
   }
 
   /** How many listen to events. */
@@ -110,6 +114,11 @@ export class FakeDocker implements AsyncDisposable {
       const wanted = filters['event']?.includes(action) !== false && hasLabels(labels, filters);
       if (wanted) response.write(`${JSON.stringify(event)}\n`);
     }
+  }
+
+  /** A line in every event stream. */
+  say(line: string): void {
+    for (const { response } of this.#followers) response.write(`${line}\n`);
   }
 
   /** The event streams end, as in an engine that drops slow listeners; the engine lives. */
@@ -174,8 +183,8 @@ export class FakeDocker implements AsyncDisposable {
         Status: state,
         Running: running,
         Paused: state === 'paused',
-        Restarting: false,
-        Pid: running ? pid : 0,
+        Restarting: state === 'restarting',
+        Pid: running && state !== 'restarting' ? pid : 0,
         ExitCode: 0,
         // Nanoseconds, of which the engine leaves out closing zeros.
         StartedAt: startedAt.toISOString().replace(/\.?0*Z$/, 'Z'),
