@@ -74,7 +74,7 @@ const GONE = 410;
 type Json = { readonly [key: string]: unknown };
 
 /** The API server of this cluster, as a pod is told of it. */
-export function podsOf(server: ApiServer): Pods {
+export function podsOf(server: ApiServer, deadlineMs = DEADLINE_MS): Pods {
   const agent = new Agent({ keepAlive: true, maxSockets: 2 });
   const selector = `fieldSelector=${encodeURIComponent(`spec.nodeName=${server.node}`)}`;
 
@@ -87,7 +87,7 @@ export function podsOf(server: ApiServer): Pods {
       headers: { authorization: `Bearer ${readAccount(server.tokenPath).trim()}`, accept: 'application/json' },
       signal,
     });
-    const late = setTimeout(() => ask.destroy(new Error('no answer in time')), DEADLINE_MS).unref();
+    const late = setTimeout(() => ask.destroy(new Error('no answer in time')), deadlineMs).unref();
     ask.setTimeout(silenceMs, () => ask.destroy(new Error('silence')));
     ask.once('response', resolve);
     ask.on('error', (error) => reject(new Error(`the API server does not answer: ${codeOf(error)}`, { cause: error })));
@@ -104,7 +104,7 @@ export function podsOf(server: ApiServer): Pods {
       const begin = (latest: boolean): string => `limit=${PAGE}${latest ? '' : '&resourceVersion=0'}`;
       let query = begin(latest);
       for (;;) {
-        const response = await open(query, DEADLINE_MS, signal);
+        const response = await open(query, deadlineMs, signal);
         const text = await textOf(response);
         // The rest of a list that took too long to read: it begins again.
         if (response.statusCode === GONE && query !== begin(true)) {

@@ -13,9 +13,10 @@ import { type FakeContainer, FakeDocker } from '../fakes/docker.ts';
 
 /** The docker provider and its client of the API, over a real socket; the engine behind it and the clock are the test's. */
 
-/** A question to the engine that is not answered is given up after this. */
-const DEADLINE_MS = 300;
-const WAIT = { timeout: 5_000, interval: 5 };
+/** A question to the engine that is not answered is given up after this, where a test waits for that. */
+const SHORT_MS = 300;
+const DEADLINE_MS = 20_000;
+const WAIT = { timeout: 20_000, interval: 5 };
 const READERS = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
 
 class World {
@@ -28,11 +29,11 @@ class World {
   now: readonly Workload[] = [];
   #provider: Provider | null = null;
 
-  start(): Provider {
+  start(deadlineMs = DEADLINE_MS): Provider {
     const note: Log['info'] = (event, { workload, complaint, reason }) =>
       this.lines.push({ event, workload, text: complaint ?? reason });
     this.#provider = watchDocker({
-      engine: dockerEngine(this.engine.path, DEADLINE_MS),
+      engine: dockerEngine(this.engine.path, deadlineMs),
       processes: {
         find: async () => ({ processes: new Map(), refused: null }),
         holds: () => false,
@@ -82,8 +83,8 @@ afterEach(() => world.stop());
 const are = (...names: string[]) => expect.poll(() => world.names(), WAIT).toEqual(names);
 const isState = (state: string) => expect.poll(() => world.provider.status().state, WAIT).toBe(state);
 /** Starts watching, and waits until all that there is was told. */
-const watching = async (): Promise<void> => {
-  world.start();
+const watching = async (deadlineMs?: number): Promise<void> => {
+  world.start(deadlineMs);
   await isState('ok');
 };
 /** Lets the next try to reach the engine begin. */
@@ -352,7 +353,7 @@ describe('an engine that is away', () => {
     [500, /the engine answers with status 500/],
   ] as const)('in spirit: it %s', async (manners, why) => {
     world.engine.run({ name: 'app' });
-    await watching();
+    await watching(SHORT_MS);
     world.engine.manners = (path) => (path === '/events' ? 'answers' : manners);
     world.engine.run({ name: 'later' });
     await isState('failing');
