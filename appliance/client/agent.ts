@@ -66,8 +66,11 @@ export type Agent = {
   readiness(): Readiness;
   report(): Promise<AgentReport>;
   explain(address: Address, port: number | null): JsonObject;
-  /** Stops acting. Subflows that exist go on. */
-  stop(): Promise<void>;
+  /**
+   * Stops acting; subflows that exist go on. The path manager is put back by `restore`, while events are still listened to: with the
+   * userspace one selected and nobody listening, the kernel refuses incoming joins. @throws what `restore` throws
+   */
+  stop(restore: () => Promise<void>): Promise<void>;
 };
 
 export type AgentReport = {
@@ -355,13 +358,17 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
     onExchange: (type, result) => metrics.exchanges.inc({ type, result }),
   });
   /** Its sockets would otherwise keep the namespace, after everybody has left it. */
-  async function stop(): Promise<void> {
+  async function stop(restore: () => Promise<void>): Promise<void> {
     stopped = true;
     detours.stop();
-    network?.close();
-    pathManager?.close();
-    await rescuer?.stop(needsRedirections(state));
-    diag.close();
+    try {
+      await restore();
+    } finally {
+      network?.close();
+      pathManager?.close();
+      await rescuer?.stop(needsRedirections(state));
+      diag.close();
+    }
   }
 
   try {
@@ -372,7 +379,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
       rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
     }
   } catch (error) {
-    await stop();
+    await stop(async () => undefined);
     throw error;
   }
   // What is adopted is told apart by the addresses of this host.

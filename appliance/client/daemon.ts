@@ -187,7 +187,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       const before = room.agent;
       room.agent = null;
       room.wishes = wishes;
-      await before?.stop();
+      await before?.stop(async () => undefined);
       try {
         if (!room.loaded) await room.place.load();
         room.loaded = true;
@@ -219,12 +219,13 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     const { agent, loaded } = room;
     room.agent = null;
     room.loaded = false;
-    // The path manager first: with the userspace one selected and nobody listening, incoming joins are refused there.
-    if (loaded)
+    const restore = async (): Promise<void> => {
+      if (!loaded) return;
       await room.place.unload().catch((error: unknown) => {
         log.warn('workload-not-restored', { reason: messageOf(error) }, 'A network namespace could not be put back');
       });
-    await agent?.stop();
+    };
+    await (agent ? agent.stop(restore) : restore());
     // Somebody may have come in meanwhile: then this is not the end.
     if (room.users.size > 0 && !stopped) return;
     rooms.delete(room.place.id);
@@ -412,12 +413,11 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       const all = [...rooms.values()];
       for (const room of all) arrange(room);
       const ends = all.map(({ arranged }) => arranged);
+      const { place, agent } = { place: home, agent: own };
       try {
-        // The path manager first: with the userspace one selected and nobody listening, this host refuses joins.
-        await home?.unload();
+        if (place && agent) await agent.stop(() => place.unload());
       } finally {
-        await own?.stop();
-        home?.close();
+        place?.close();
         await Promise.all(ends);
       }
     },

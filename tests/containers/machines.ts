@@ -4,7 +4,7 @@
  */
 import type Docker from 'dockerode';
 import { type Host, waitUntil } from '../lab/netns.ts';
-import { Container, type Engine, engine, LEAST_PRIVILEGE, type Output, vps } from './engine.ts';
+import { type Container, type Engine, engine, LEAST_PRIVILEGE, type Output, vps } from './engine.ts';
 
 export type Role = 'router' | 'client';
 
@@ -16,6 +16,17 @@ export const DOCUMENTED: Readonly<Record<Role, Docker.HostConfig>> = {
     NetworkMode: 'host',
     Binds: ['/proc/sys/net/mptcp:/host/proc/sys/net/mptcp'],
   },
+};
+/** What docs/workloads.md says about serving the containers of a Docker host, by the files that the engine keeps of their namespaces. */
+export const SERVES_CONTAINERS: Docker.HostConfig = {
+  ...DOCUMENTED.client,
+  CapAdd: ['NET_ADMIN', 'SYS_ADMIN'],
+  Binds: [
+    // All of net: a folder of it is that of one namespace (docs/kernel-notes.md).
+    '/proc/sys/net:/host/proc/sys/net',
+    '/var/run/docker.sock:/var/run/docker.sock',
+    '/var/run/docker/netns:/var/run/docker/netns:ro,rslave',
+  ],
 };
 export const IMAGE: Readonly<Record<Role, string>> = { router: 'detour-router:dev', client: 'detour-client:dev' };
 
@@ -53,7 +64,7 @@ export class Machine implements AsyncDisposable {
   /** Creates and starts a container with anything that Docker's API can say. */
   async launch(options: Docker.ContainerCreateOptions): Promise<Container> {
     const created = await this.engine.docker.createContainer(options);
-    const container = new Container(created, '1');
+    const container = this.engine.container(created);
     try {
       await created.start();
     } catch (error) {

@@ -1,6 +1,8 @@
 import { execFileSync } from 'node:child_process';
-import { readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { readFile, readlink } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { udpDatagrams } from '../../appliance/kernel/datagrams.ts';
 import { nftMemory } from '../../appliance/kernel/memory.ts';
@@ -58,6 +60,40 @@ describe.runIf(requireRoot('tests of entering network namespaces'))('another net
     expect(await inside.read(parameter)).toBe('77');
     expect((await there.sysctl(parameter)).trim()).toBe('77');
     expect(await ours.read(parameter)).toBe(before);
+  });
+
+  it('has its own parameters behind a bind mount of all of net, and not of a folder in which each namespace has its own', async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'detour-sysctl-'));
+    scope.defer(() => rmSync(folder, { recursive: true, force: true }));
+    const sysctl = new URL('../../appliance/kernel/sysctl.ts', import.meta.url).href;
+    const namespaces = new URL('../../appliance/kernel/namespaces.ts', import.meta.url).href;
+    const program = `
+      import { openNamespace } from '${namespaces}';
+      import { procSysctl } from '${sysctl}';
+      const namespace = await openNamespace('${there.path}');
+      for (const root of ['net', 'mptcp']) {
+        const parameters = procSysctl('${folder}/' + root, namespace);
+        const done = await parameters
+          .read('net.mptcp.pm_type')
+          .then(() => parameters.write('net.mptcp.pm_type', '1'))
+          .then(() => parameters.read('net.mptcp.pm_type'), (error) => error.message);
+        const truth = procSysctl('/proc/sys', namespace);
+        console.log(done, await truth.read('net.mptcp.pm_type'), await procSysctl('/proc/sys').read('net.mptcp.pm_type'));
+        await truth.write('net.mptcp.pm_type', '0');
+      }`;
+    // As engines mount it into containers; in a mount namespace of its own.
+    const mounts = `mkdir -p ${folder}/net/net ${folder}/mptcp/net/mptcp &&
+      mount --bind /proc/sys/net ${folder}/net/net &&
+      mount --bind /proc/sys/net/mptcp ${folder}/mptcp/net/mptcp &&
+      exec "$0" --input-type=module --eval "$1"`;
+    const said = execFileSync('unshare', ['--mount', 'sh', '-c', mounts, process.execPath, program], {
+      encoding: 'utf8',
+    });
+    const ours = await procSysctl('/proc/sys').read('net.mptcp.pm_type');
+    expect(said.trim().split('\n')).toEqual([
+      `1 1 ${ours}`,
+      `${folder}/mptcp/net/mptcp is that of one network namespace, whoever looks: mount /proc/sys/net at ${folder}/mptcp/net, and not a folder of it 0 ${ours}`,
+    ]);
   });
 
   it('is where programs run that are started there', async () => {
