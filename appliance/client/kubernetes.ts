@@ -22,6 +22,8 @@ const SEARCH_FIRST_MS = 50;
 const SEARCH_LONGEST_MS = 10_000;
 /** by this share of the time since it was first looked for. */
 const SEARCH_SHARE = 0.5;
+/** The API says that a container runs, and there is no such process: by then it is no matter of time. */
+const MISSED_MS = 30_000;
 /** Namespaces are held open by us: whether their pods still live is looked at this often, also while the API is away. */
 const CHECK_MS = 10_000;
 /** Between two watches, so that a server that ends each at once is not asked all the time. */
@@ -35,6 +37,8 @@ type Known = {
   sought: boolean;
   /** Since when. */
   since: number;
+  /** That it cannot be found is in the log. */
+  missed: boolean;
 };
 
 /** Watches. While the API server is away, what it said last counts. */
@@ -82,7 +86,7 @@ export function watchKubernetes(options: KubernetesOptions): Provider {
       return;
     }
     // With other containers its process may be gone, and with it, if the sandbox was replaced, the namespace.
-    known.set(uid, { pod: kept, process: before?.process ?? null, sought: true, since: clock.now() });
+    known.set(uid, { pod: kept, process: before?.process ?? null, sought: true, since: clock.now(), missed: false });
     searchIn(0);
   }
 
@@ -132,8 +136,20 @@ export function watchKubernetes(options: KubernetesOptions): Provider {
       if (process) one.process = process;
       else if (one.process && !processes.holds(one.process)) one.process = null;
       one.sought = one.process === null;
+      if (refused === null) miss(one);
     }
     publish();
+  }
+
+  function miss(one: Known): void {
+    const { name, containers } = one.pod;
+    if (!one.sought || one.missed || containers.length === 0 || clock.now() - one.since < MISSED_MS) return;
+    one.missed = true;
+    log.warn(
+      'pod-not-found',
+      { workload: name },
+      "No process of a pod's containers is seen here: does the agent have the host's pid namespace (hostPID: true)?",
+    );
   }
 
   function planSearch(): void {

@@ -112,7 +112,7 @@ function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Plac
 async function openProviders(settings: ClientSettings, log: Log): Promise<DaemonPorts['providers']> {
   const { providers } = settings;
   if (providers.every((name) => name === 'host')) return [];
-  await mayEnter(providers);
+  await mayServe(providers);
   const clock = systemClock;
   const processes = systemProcesses();
   const readers = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
@@ -131,19 +131,27 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
   return watchers;
 }
 
-/** Entering another namespace takes a capability that serving one's own does not; better to hear of it at once. */
-async function mayEnter(providers: readonly ProviderName[]): Promise<void> {
+/** What serving others takes, besides what each of their namespaces shows: better to hear of it at once. @throws Fatal (69) */
+async function mayServe(providers: readonly ProviderName[]): Promise<void> {
+  (await openPathManager(ownNamespace, () => undefined)).close();
+  const setting = `DETOUR_PROVIDERS=${providers.join(',')}`;
   try {
     (await openNamespace('/proc/self/ns/net')).close();
   } catch (error) {
     if (!(error instanceof NamespaceError)) throw error;
     throw new Fatal(
       69,
-      `DETOUR_PROVIDERS=${providers.join(',')}: this process may not enter other network namespaces (${error.code}); it needs CAP_SYS_ADMIN. ` +
+      `${setting}: this process may not enter other network namespaces (${error.code}): it needs CAP_SYS_ADMIN. ` +
         `docker: --cap-add SYS_ADMIN -v ${SANDBOXES}:${SANDBOXES}:ro,rslave; ` +
         'Kubernetes: use the overlay k8s/overlays/pods, which also has hostPID and SYS_PTRACE',
     );
   }
+  // The first process of a pid namespace sees none but those that it started.
+  if (providers.includes('kubernetes') && process.pid === 1)
+    throw new Fatal(
+      69,
+      `${setting}: this process sees none of the node's: in the pod: hostPID: true; docker: --pid host`,
+    );
 }
 
 /** @throws Fatal (78) for an engine that is not on this host: its namespaces could not be entered */

@@ -17,17 +17,22 @@ export const DOCUMENTED: Readonly<Record<Role, Docker.HostConfig>> = {
     Binds: ['/proc/sys/net/mptcp:/host/proc/sys/net/mptcp'],
   },
 };
-/** What docs/workloads.md says about serving the containers of a Docker host, by the files that the engine keeps of their namespaces. */
-export const SERVES_CONTAINERS: Docker.HostConfig = {
-  ...DOCUMENTED.client,
-  CapAdd: ['NET_ADMIN', 'SYS_ADMIN'],
-  Binds: [
-    // All of net: a folder of it is that of one namespace (docs/kernel-notes.md).
-    '/proc/sys/net:/host/proc/sys/net',
-    '/var/run/docker.sock:/var/run/docker.sock',
-    '/var/run/docker/netns:/var/run/docker/netns:ro,rslave',
-  ],
-};
+/** What docs/workloads.md says about serving the containers of a Docker host and the pods of a node, each mode with what it takes. */
+const SERVES: Docker.HostConfig = { ...DOCUMENTED.client, CapAdd: ['NET_ADMIN', 'SYS_ADMIN'] };
+/** All of net: a folder of it is that of one namespace (docs/kernel-notes.md). */
+const PARAMETERS = '/proc/sys/net:/host/proc/sys/net';
+const ENGINE = '/var/run/docker.sock:/var/run/docker.sock';
+export const SERVING = {
+  /** By the files that the engine keeps of its containers' namespaces. */
+  sandboxes: { ...SERVES, Binds: [PARAMETERS, ENGINE, '/var/run/docker/netns:/var/run/docker/netns:ro,rslave'] },
+  /** By the processes of the host. */
+  processes: {
+    ...SERVES,
+    CapAdd: ['NET_ADMIN', 'SYS_ADMIN', 'SYS_PTRACE'],
+    PidMode: 'host',
+    Binds: [PARAMETERS, ENGINE],
+  },
+} as const satisfies Readonly<Record<string, Docker.HostConfig>>;
 export const IMAGE: Readonly<Record<Role, string>> = { router: 'detour-router:dev', client: 'detour-client:dev' };
 
 /** The default of DETOUR_HTTP. */
@@ -84,6 +89,18 @@ export class Machine implements AsyncDisposable {
       ExposedPorts: { '80/tcp': {} },
       HostConfig: { PortBindings: { '80/tcp': [{ HostPort: String(port) }] } },
     });
+  }
+
+  /** Gives Docker's bridge the addresses that it has from its first container on, so that a host can be compared with itself. */
+  async bridged(): Promise<void> {
+    await this.engine.run({ image: IMAGE.client, command: ['version'] });
+    await waitUntil(
+      async () => {
+        const addresses = await this.host.exec(['ip', '-oneline', '-6', 'address', 'show', 'docker0']);
+        return addresses.includes('inet6 fe80::') && !addresses.includes('tentative');
+      },
+      { deadlineMs: 10_000, what: "the bridge's own address" },
+    );
   }
 
   [Symbol.asyncDispose](): PromiseLike<void> {

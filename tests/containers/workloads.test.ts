@@ -4,7 +4,7 @@ import { startServer } from '../lab/traffic.ts';
 import { connectionIs, isInUse, pathBy, type Status, World } from '../netns/world.ts';
 import { Application, type ApplicationSpec } from './application.ts';
 import type { Container } from './engine.ts';
-import { asFound, ContainedDaemon, IMAGE, Machine, SERVES_CONTAINERS } from './machines.ts';
+import { asFound, ContainedDaemon, IMAGE, Machine, SERVING } from './machines.ts';
 
 const SERVER = '10.81.0.2:5000';
 const RATE_MBIT = 20;
@@ -34,7 +34,7 @@ describe.runIf(requireRoot('tests of serving containers'))('an agent that serves
     DETOUR_PROVIDERS: 'docker',
   });
   const startAgent = async (): Promise<void> => {
-    agent = scope.use(await ContainedDaemon.start(laptop, 'client', environment(), SERVES_CONTAINERS));
+    agent = scope.use(await ContainedDaemon.start(laptop, 'client', environment(), SERVING.sandboxes));
   };
   const start = async (spec: Pick<ApplicationSpec, 'name'> & Partial<ApplicationSpec>): Promise<Application> =>
     running.use(await Application.start(laptop, { to: SERVER, bytes: SHORT, ...spec }));
@@ -60,19 +60,12 @@ describe.runIf(requireRoot('tests of serving containers'))('an agent that serves
   const namespaceOf = async (container: Container): Promise<string> =>
     (await container.enter('sysctl', 'net.mptcp')) + (await container.enter('nft', 'list', 'ruleset'));
 
-  const bridge = () => laptop.host.exec(['ip', '-oneline', 'address', 'show', 'docker0']);
-
   beforeAll(async () => {
     world = scope.use(await World.create('serving', { rateMbit: RATE_MBIT }));
     await startServer(world.server);
     await world.startRouters();
     laptop = scope.use(await Machine.bring(world.client, [IMAGE.client]));
-    // Docker's bridge gets its link-local address with the first container.
-    await laptop.engine.run({ image: IMAGE.client, command: ['version'] });
-    await waitUntil(async () => /inet6 fe80::[\w:]+\/64 scope link (?!tentative)/.test(await bridge()), {
-      deadlineMs: 10_000,
-      what: "the bridge's address",
-    });
+    await laptop.bridged();
     before = await asFound(laptop.host);
     await startAgent();
   });

@@ -3,6 +3,7 @@ import type { IncomingMessage, ServerResponse } from 'node:http';
 import { createServer, type Server } from 'node:https';
 import type { AddressInfo } from 'node:net';
 import { generate } from 'selfsigned';
+import { type Namespace, ownNamespace } from '../../appliance/kernel/namespaces.ts';
 
 type Labels = Readonly<Record<string, string>>;
 
@@ -79,13 +80,16 @@ export class FakeKubernetes implements AsyncDisposable {
     return `https://127.0.0.1:${this.#port}`;
   }
 
-  /** At the same port each time. */
-  async open(): Promise<void> {
-    this.#server = createServer({ key: this.#key, cert: this.certificate }, (request, response) =>
+  /** At the same port each time; in that network namespace, if one is given. */
+  async open(namespace: Namespace = ownNamespace): Promise<void> {
+    const server = createServer({ key: this.#key, cert: this.certificate }, (request, response) =>
       this.#answer(request, response),
-    ).listen(this.#port, '127.0.0.1');
-    await once(this.#server, 'listening');
-    this.#port = (this.#server.address() as AddressInfo).port;
+    );
+    // With the name of a host it would be looked up first, and the socket made later and here.
+    namespace.within(() => server.listen(this.#port));
+    await once(server, 'listening');
+    this.#server = server;
+    this.#port = (server.address() as AddressInfo).port;
   }
 
   /** As when it is stopped: connections are cut. What it knows it still knows when it is opened again. */

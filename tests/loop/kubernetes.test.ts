@@ -271,6 +271,16 @@ describe('where a pod is', () => {
     expect(changes).toBe(1);
   });
 
+  test('cannot be found although its containers run: it is named, once', async () => {
+    world.api.set(pod('app'));
+    world.api.set(pod('pending', { containers: [] }));
+    await watching();
+    await world.clock.advance(25_000);
+    expect(world.lines).toEqual([]);
+    await world.clock.advance(60_000);
+    expect(world.lines).toEqual([{ event: 'pod-not-found', workload: 'shop/app', text: undefined }]);
+  });
+
   test('may not be looked at: it says so, once, with the remedy', async () => {
     world.refused = 'needs CAP_SYS_PTRACE';
     world.api.set(pod('app'));
