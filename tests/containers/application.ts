@@ -19,6 +19,27 @@ function library(): string {
   return found;
 }
 
+/** How a container of the client's image sends bytes to a server, at once or when /run/go appears. */
+export function sending(to: string, bytes: number, atOnce = false) {
+  const program = ['node', '/traffic.ts', 'transfer', '--to', to, '--bytes', `${bytes}`, '--seed', SEED];
+  const wait = atOnce ? '' : 'until [ -e /run/go ]; do sleep 0.02; done; ';
+  return {
+    entrypoint: ['sh', '-c', `${wait}LD_PRELOAD=/wrap.so exec "$@"`, 'application'],
+    command: program,
+    mounts: [`${TRAFFIC}:/traffic.ts:ro`, `${library()}:/wrap.so:ro`],
+  };
+}
+
+/** What the server counted, from what such a container printed. @throws when other bytes arrived than were sent, or not all */
+export function resultOf(said: string, bytes: number): TransferResult {
+  // Compose puts codes for a terminal before each line.
+  const line = /\{"event":"done".*/.exec(said)?.[0];
+  if (line === undefined) throw new Error(`the application did not get to its end: ${said}`);
+  const result: TransferResult = JSON.parse(line);
+  if (result.sha256 !== expectedSha256(SEED, bytes)) throw new Error('other bytes arrived than were sent');
+  return result;
+}
+
 export type ApplicationSpec = {
   readonly name: string;
   /** `10.0.0.2:5000` */
@@ -41,21 +62,15 @@ export class Application implements AsyncDisposable {
   }
 
   static async start(machine: Machine, spec: ApplicationSpec): Promise<Application> {
-    const { name, to, bytes, labels = {}, host = {}, atOnce = false } = spec;
-    const program = ['node', '/traffic.ts', 'transfer', '--to', to, '--bytes', `${bytes}`, '--seed', SEED];
-    const wait = atOnce ? '' : 'until [ -e /run/go ]; do sleep 0.02; done; ';
+    const { name, to, bytes, labels = {}, host = {}, atOnce } = spec;
+    const { entrypoint, command, mounts } = sending(to, bytes, atOnce);
     const container = await machine.launch({
       name,
       Image: IMAGE.client,
       Labels: { ...labels },
-      Entrypoint: ['sh', '-c', `${wait}LD_PRELOAD=/wrap.so exec "$@"`, 'application'],
-      Cmd: program,
-      HostConfig: {
-        Binds: [`${TRAFFIC}:/traffic.ts:ro`, `${library()}:/wrap.so:ro`],
-        Tmpfs: { '/run': '' },
-        Init: true,
-        ...host,
-      },
+      Entrypoint: entrypoint,
+      Cmd: command,
+      HostConfig: { Binds: mounts, Tmpfs: { '/run': '' }, Init: true, ...host },
     });
     return new Application(container, bytes);
   }
@@ -77,13 +92,8 @@ export class Application implements AsyncDisposable {
 
   /** What the server counted, once everything has arrived as it was sent. */
   async result(): Promise<TransferResult> {
-    const { StatusCode } = (await this.container.docker.wait()) as { StatusCode: number };
-    const said = await this.#said();
-    const line = said.split('\n').find((one) => one.startsWith('{"event":"done"'));
-    if (StatusCode !== 0 || line === undefined) throw new Error(`the application ended with ${StatusCode}: ${said}`);
-    const result: TransferResult = JSON.parse(line);
-    if (result.sha256 !== expectedSha256(SEED, this.#bytes)) throw new Error('other bytes arrived than were sent');
-    return result;
+    await this.container.docker.wait();
+    return resultOf(await this.#said(), this.#bytes);
   }
 
   /** Since its latest start. */
