@@ -57,6 +57,8 @@ export type DoctorPorts = {
   readonly resolve: (host: string) => Promise<readonly Address[]>;
   /** Of the environment: only whether Kubernetes set it. */
   readonly kubernetes: boolean;
+  /** Path of the Docker engine's socket. */
+  readonly engine: string;
 };
 
 const ok = (name: string, detail: string): Check => ({ name, state: 'ok', detail, fix: [] });
@@ -69,6 +71,10 @@ const OLDEST_KERNEL = [6, 6] as const;
 const OLDEST_NFT = [1, 0] as const;
 /** linux/capability.h */
 const CAP_NET_ADMIN = 12n;
+const CAP_SYS_PTRACE = 19n;
+const CAP_SYS_ADMIN = 21n;
+/** Where Docker keeps the network namespaces of its containers. */
+const SANDBOXES = '/var/run/docker/netns';
 /** A router grants no new lease above this share of the connection table (docs/protocol.md). */
 const CONNTRACK_FULL = 0.85;
 const CONNTRACK_BUSY = 0.6;
@@ -93,7 +99,9 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
     nft(machine, place),
     clockCheck(ports.clock),
   ];
-  if (client) checks.push(mptcp(machine, client, place), pathManager(machine, client, place, subject.running.client));
+  if (client) checks.push(mptcp(machine, client, place));
+  if (client?.providers.includes('host')) checks.push(pathManager(machine, client, place, subject.running.client));
+  if (client) checks.push(workloads(client, place, ports));
   if (client?.rescue) checks.push(rescue(machine));
   if (client?.interfaces) checks.push(interfaces(machine, client.interfaces));
   if (router) {
@@ -144,10 +152,13 @@ async function kernel(machine: Machine, needsMptcp: boolean): Promise<readonly C
     : [warn('kernel', `Linux ${release}; the router is tested with ${wanted}`, remedy)];
 }
 
-async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
+async function mayDo(machine: Machine, capability: bigint): Promise<boolean> {
   const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec((await machine.read('/proc/self/status')) ?? '')?.[1];
-  if (effective !== undefined && (BigInt(`0x${effective}`) >> CAP_NET_ADMIN) & 1n)
-    return [ok('net-admin', 'CAP_NET_ADMIN is there')];
+  return effective !== undefined && ((BigInt(`0x${effective}`) >> capability) & 1n) === 1n;
+}
+
+async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
+  if (await mayDo(machine, CAP_NET_ADMIN)) return [ok('net-admin', 'CAP_NET_ADMIN is there')];
   const fix = {
     host: ['run it as root: sudo detour ...'],
     docker: ['docker run: --cap-drop ALL --cap-add NET_ADMIN (and no --user)', 'compose: cap_add: [NET_ADMIN]'],
@@ -296,6 +307,71 @@ async function pathManager(
     });
   }
   checks.push(...(await rivals(machine)));
+  return checks;
+}
+
+/** What serving containers and pods takes besides (docs/workloads.md). */
+async function workloads(client: ClientHostSettings, place: Place, ports: DoctorPorts): Promise<readonly Check[]> {
+  const { machine, engine } = ports;
+  const { providers, sysctlRoot } = client;
+  const docker = providers.includes('docker');
+  const kubernetes = providers.includes('kubernetes');
+  if (!docker && !kubernetes) return [];
+  const checks: Check[] = [];
+  const lacking: string[] = [];
+  if (!(await mayDo(machine, CAP_SYS_ADMIN))) lacking.push('SYS_ADMIN');
+  if (kubernetes && !(await mayDo(machine, CAP_SYS_PTRACE))) lacking.push('SYS_PTRACE');
+  if (lacking.length === 0) checks.push(ok('enter', 'the networks of others may be entered'));
+  else {
+    const fix = {
+      host: ['run it as root: sudo detour ...'],
+      docker: [
+        `docker run: ${lacking.map((one) => `--cap-add ${one}`).join(' ')}`,
+        `compose: cap_add: [NET_ADMIN, ${lacking.join(', ')}]`,
+      ],
+      kubernetes: ['use the overlay k8s/overlays/pods'],
+    };
+    checks.push(
+      fail(
+        'enter',
+        `the process has no ${lacking.map((one) => `CAP_${one}`).join(' and no ')}: it may not enter the networks of others`,
+        ...fix[place],
+      ),
+    );
+  }
+  // With a folder of it the parameters would be those of one network, whoever looks.
+  if (sysctlRoot !== '/proc/sys' && (await machine.read(under(sysctlRoot, 'net.ipv4.ip_forward'))) === null) {
+    checks.push(
+      fail(
+        'parameters',
+        `${sysctlRoot}/net is not all of /proc/sys/net: the path managers of other networks cannot be reached by it`,
+        `docker run: -v /proc/sys/net:${sysctlRoot}/net`,
+        `Kubernetes: a hostPath volume of /proc/sys/net, mounted at ${sysctlRoot}/net`,
+      ),
+    );
+  }
+  if (!docker) return checks;
+  if (await machine.writable(engine)) checks.push(ok('engine', `${engine} can be opened`));
+  else
+    checks.push(
+      fail(
+        'engine',
+        `${engine} is not there, or may not be opened`,
+        `docker run: -v ${engine}:${engine}`,
+        'or name it: DOCKER_HOST=unix:///PATH',
+      ),
+    );
+  // Who may look at the processes of others has the other way in.
+  const byProcesses = await mayDo(machine, CAP_SYS_PTRACE);
+  if (place === 'docker' && !byProcesses && (await machine.list(SANDBOXES)).length === 0) {
+    checks.push(
+      warn(
+        'sandboxes',
+        `there is nothing in ${SANDBOXES}: no container runs, or the agent does not see their networks`,
+        `docker run: -v ${SANDBOXES}:${SANDBOXES}:ro,rslave   # or --pid host --cap-add SYS_PTRACE`,
+      ),
+    );
+  }
   return checks;
 }
 

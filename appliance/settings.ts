@@ -84,7 +84,8 @@ export type ClientSettings = CommonSettings & {
 };
 
 /** The part of a client's settings that concerns its host, and that exists without any key. */
-export type ClientHostSettings = CommonSettings & Pick<ClientSettings, 'sysctlRoot' | 'rescue' | 'interfaces'>;
+export type ClientHostSettings = CommonSettings &
+  Pick<ClientSettings, 'sysctlRoot' | 'rescue' | 'interfaces' | 'providers'>;
 
 /** Where a value came from: the default, the variable itself, the file its `_FILE` names, or `/run/secrets`. */
 export type Origin = 'default' | 'env' | 'file' | 'secret';
@@ -509,6 +510,7 @@ export function loadClientHostSettings(
       sysctlRoot: get(TABLE.sysctlRoot),
       rescue: get(TABLE.rescue),
       interfaces: interfaceChoice(get(TABLE.interfaces), get(TABLE.interfacesExclude)),
+      providers: get(TABLE.providers),
     },
     shown,
     warnings,

@@ -402,7 +402,8 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       },
       async explain(address, port) {
         const all = [...named()].flatMap(([agent, workload]) => marked([agent.explain(address, port)], workload));
-        return all.length === 1 && all[0] ? all[0] : all;
+        // One answer for each namespace, where there may be several.
+        return alone && all[0] ? all[0] : all;
       },
     },
     async stop() {

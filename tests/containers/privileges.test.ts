@@ -186,6 +186,8 @@ describe.runIf(requireRoot('tests of what the agent may do'))('privileges', () =
         { deadlineMs: 20_000, what: 'both to be served' },
       );
       expect(await pathManagers(apps)).toEqual(['userspace\n', 'userspace\n']);
+      const { checks } = JSON.parse((await agent.cli('doctor', 'client', '--json')).stdout);
+      expect(checks.filter(({ state }: { state: string }) => state !== 'ok')).toEqual([]);
       expect(await agent.stop(), await agent.container.logs()).toBe(0);
       expect(await pathManagers(apps)).toEqual(['kernel\n', 'kernel\n']);
     });

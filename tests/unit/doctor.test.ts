@@ -66,6 +66,7 @@ async function diagnose(
       datagrams: new FakeNetwork(clock).host([]),
       resolve: async () => [],
       kubernetes,
+      engine: '/var/run/docker.sock',
     },
   );
 }
@@ -143,6 +144,7 @@ async function examineWith(commands: MachineParts['commands']): Promise<readonly
       datagrams: new FakeNetwork(clock).host([]),
       resolve: async () => [],
       kubernetes: false,
+      engine: '',
     },
   );
 }
@@ -240,6 +242,75 @@ describe('client', () => {
       state: 'warn',
     });
     expect(sick(await diagnose({ commands }))).toEqual([]);
+  });
+});
+
+describe('containers and pods', () => {
+  const serving = (providers: string) =>
+    loadClientHostSettings({ ...sources, env: { DETOUR_PROVIDERS: providers, DETOUR_SYSCTL_ROOT: '/host/proc/sys' } })
+      .settings;
+  /** A container with the documented flags, by its capabilities. */
+  const inside = (capabilities: string, changes: Readonly<Record<string, string>> = {}): MachineParts => ({
+    files: {
+      '/.dockerenv': 'x',
+      '/proc/self/status': `Name:\tnode\nCapEff:\t${capabilities}\n`,
+      '/host/proc/sys/net/mptcp/enabled': '1\n',
+      '/host/proc/sys/net/ipv4/ip_forward': '1\n',
+      '/var/run/docker/netns/1a2b3c': 'x',
+      ...changes,
+    },
+    writable: ['/var/run/docker.sock'],
+  });
+  const ADMIN = '0000000000201000';
+  const ADMIN_AND_PTRACE = '0000000000281000';
+  const one = async (parts: MachineParts, providers: string, kubernetes = false) =>
+    only(parts, { router: null, client: serving(providers) }, kubernetes);
+
+  it('are fine with what the documentation says, whatever the agent’s own path manager is', async () => {
+    const subject = { router: null, running: { router: false, client: true } };
+    expect(sick(await diagnose(inside(ADMIN), { ...subject, client: serving('docker') }))).toEqual([]);
+    const kubernetes = await diagnose(inside(ADMIN_AND_PTRACE), { ...subject, client: serving('kubernetes') }, true);
+    expect(sick(kubernetes)).toEqual([]);
+  });
+
+  it('are not looked at for an agent of its own network', async () => {
+    const names = (await diagnose(inside('0000000000001000'))).map(({ name }) => name);
+    for (const name of ['enter', 'parameters', 'engine', 'sandboxes']) expect(names).not.toContain(name);
+  });
+
+  it('need capabilities, named for the place', async () => {
+    expect(await one(inside('0000000000001000'), 'docker')).toMatchObject({
+      name: 'enter',
+      fix: ['docker run: --cap-add SYS_ADMIN', 'compose: cap_add: [NET_ADMIN, SYS_ADMIN]'],
+    });
+    expect(await one(inside(ADMIN), 'kubernetes', true)).toMatchObject({
+      name: 'enter',
+      detail: expect.stringContaining('no CAP_SYS_PTRACE'),
+      fix: ['use the overlay k8s/overlays/pods'],
+    });
+  });
+
+  it('need all of the parameters, the engine’s socket and its sandboxes', async () => {
+    expect(await one(inside(ADMIN, { '/host/proc/sys/net/ipv4/ip_forward': '' }), 'docker')).toMatchObject({
+      name: 'parameters',
+      fix: [
+        'docker run: -v /proc/sys/net:/host/proc/sys/net',
+        'Kubernetes: a hostPath volume of /proc/sys/net, mounted at /host/proc/sys/net',
+      ],
+    });
+    expect(await one({ ...inside(ADMIN), writable: [] }, 'docker')).toMatchObject({
+      name: 'engine',
+      fix: [expect.stringContaining('-v /var/run/docker.sock:/var/run/docker.sock'), expect.any(String)],
+    });
+    const unseen = { '/var/run/docker/netns/1a2b3c': '' };
+    expect(sick(await diagnose(inside(ADMIN_AND_PTRACE, unseen), { router: null, client: serving('docker') }))).toEqual(
+      [],
+    );
+    expect(await one(inside(ADMIN, unseen), 'docker')).toMatchObject({
+      name: 'sandboxes',
+      state: 'warn',
+      fix: [expect.stringContaining(':ro,rslave')],
+    });
   });
 });
 
