@@ -18,8 +18,8 @@ export type DockerOptions = {
 
 export const DOCKER_PREFIX = 'detour.';
 const LABEL = `${DOCKER_PREFIX}enable`;
-/** A busy engine drops events silently: it is asked for all it has now and then. */
-const RECONCILE_MS = 60_000;
+/** A busy engine drops events silently: it is asked for all it has now and then, one question for each container. */
+const RECONCILE_MS = 300_000;
 
 /** Watches. While the engine is away, what it said last counts. */
 export function watchDocker({ engine, processes, clock, log, readers, onChange }: DockerOptions): Provider {

@@ -16,6 +16,7 @@ import { measureOutages } from './outages.ts';
 import { measureReaction } from './reaction.ts';
 import { measureRelay } from './relay.ts';
 import { measureRescue } from './rescue.ts';
+import { measureWorkloads } from './workloads.ts';
 
 const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   relay: measureRelay,
@@ -24,6 +25,7 @@ const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   crowd: measureCrowd,
   leases: measureLeases,
   rescue: measureRescue,
+  workloads: measureWorkloads,
 };
 /** Run by name only. */
 const LONG: Readonly<Record<string, () => Promise<Figure[]>>> = {

@@ -158,14 +158,14 @@ describe('events say when to look, not what there is', () => {
     await are('app');
   });
 
-  test('an event was lost: it is found out within a minute', async () => {
+  test('an event was lost: it is found out within minutes', async () => {
     await watching();
     const app = world.engine.run({ name: 'app' });
     await are('app');
     world.engine.end(app, true);
     const other = world.engine.run({ name: 'other', labels: {} });
     other.labels = { 'detour.enable': 'true' };
-    await world.clock.advance(60_000);
+    await world.clock.advance(300_000);
     await are('other');
   });
 
@@ -183,7 +183,7 @@ test('a paused container keeps its connections, and is served on', async () => {
   const app = world.engine.run({ name: 'app' });
   await watching();
   app.state = 'paused';
-  await world.clock.advance(60_000);
+  await world.clock.advance(300_000);
   world.engine.run({ name: 'later' });
   await are('app', 'later');
 });
@@ -204,7 +204,7 @@ describe('labels with nonsense', () => {
       { event: 'workload-label', workload: 'maybe', text: 'detour.enable="maybe": must be "true" or "false"' },
     ];
     expect(world.lines).toEqual(complaints);
-    await world.clock.advance(120_000);
+    await world.clock.advance(600_000);
     expect(world.lines).toEqual(complaints);
     world.engine.end(odd);
     world.engine.start(odd);
