@@ -326,9 +326,12 @@ async function explain({ flags, words: [word], sources }: Invocation): Promise<E
       if (code === 404) throw new Fatal(1, 'this daemon is a router: explain asks a client, see DETOUR_SOCKET');
       if (code === 503) throw new Fatal(1, 'the client is still starting: ask again');
       if (code !== 200) throw new Fatal(1, `the client could not explain: ${body.trim()}`);
-      explanations.push(JSON.parse(body));
+      // An agent of several namespaces has one for each.
+      const said: Json | readonly Json[] = JSON.parse(body);
+      explanations.push(...(Array.isArray(said) ? said : [said]));
     }
   }
+  if (explanations.length === 0) throw new Fatal(1, 'no network is served yet: see `detour status`');
   if (flags.json) print(JSON.stringify(explanations, null, 2));
   else print(explanations.map((one) => presentExplanation(host, one)).join('\n\n'));
   return 0;
@@ -501,6 +504,7 @@ async function doctor({ flags, words, sources }: Invocation): Promise<ExitCode |
       datagrams: udpDatagrams(),
       resolve: systemLookup().addresses,
       kubernetes: sources.env.KUBERNETES_SERVICE_HOST !== undefined,
+      engine: sources.env.DOCKER_HOST?.replace(/^unix:\/\//, '') || '/var/run/docker.sock',
     },
   );
   const failed = checks.some(({ state }) => state === 'fail');

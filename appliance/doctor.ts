@@ -66,6 +66,8 @@ export type DoctorPorts = {
   readonly resolve: (host: string) => Promise<readonly Address[]>;
   /** Of the environment: only whether Kubernetes set it. */
   readonly kubernetes: boolean;
+  /** Path of the Docker engine's socket. */
+  readonly engine: string;
 };
 
 const ok = (name: string, detail: string): Check => ({ name, state: 'ok', detail, fix: [] });
@@ -80,6 +82,8 @@ const OLDEST_NFT = [1, 0] as const;
 const CAP_NET_ADMIN = 12n;
 const CAP_SYS_PTRACE = 19n;
 const CAP_SYS_ADMIN = 21n;
+/** Where Docker keeps the network namespaces of its containers. */
+const SANDBOXES = '/var/run/docker/netns';
 /** A router grants no new lease above this share of the connection table (docs/protocol.md). */
 const CONNTRACK_FULL = 0.85;
 const CONNTRACK_BUSY = 0.6;
@@ -104,8 +108,13 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
     nft(machine, place),
     clockCheck(ports.clock),
   ];
-  if (client) checks.push(mptcp(machine, client, place), pathManager(machine, client, place, subject.running.client));
-  if (client?.providers.some((name) => name !== 'host')) checks.push(workloads(machine, client, place));
+  if (client) {
+    checks.push(
+      mptcp(machine, client, place),
+      pathManager(machine, client, place, subject.running.client),
+      workloads(client, place, ports),
+    );
+  }
   if (client?.rescue) checks.push(rescue(machine));
   if (client?.interfaces) checks.push(interfaces(machine, client.interfaces));
   // By default tunnels are a last resort, for which nobody should be made to prepare.
@@ -166,13 +175,13 @@ async function kernel(machine: Machine, needsMptcp: boolean): Promise<readonly C
     : [warn('kernel', `Linux ${release}; the router is tested with ${wanted}`, remedy)];
 }
 
-async function isCapable(machine: Machine, capability: bigint): Promise<boolean> {
+async function mayDo(machine: Machine, capability: bigint): Promise<boolean> {
   const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec((await machine.read('/proc/self/status')) ?? '')?.[1];
   return effective !== undefined && ((BigInt(`0x${effective}`) >> capability) & 1n) === 1n;
 }
 
 async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
-  if (await isCapable(machine, CAP_NET_ADMIN)) return [ok('net-admin', 'CAP_NET_ADMIN is there')];
+  if (await mayDo(machine, CAP_NET_ADMIN)) return [ok('net-admin', 'CAP_NET_ADMIN is there')];
   const fix = {
     host: ['run it as root: sudo detour ...'],
     docker: ['docker run: --cap-drop ALL --cap-add NET_ADMIN (and no --user)', 'compose: cap_add: [NET_ADMIN]'],
@@ -329,42 +338,69 @@ async function pathManager(
   return checks;
 }
 
-/** What it takes to serve other network namespaces than this one. */
-async function workloads(machine: Machine, client: ClientHostSettings, place: Place): Promise<readonly Check[]> {
-  const needed = [
-    ['SYS_ADMIN', CAP_SYS_ADMIN],
-    // Docker keeps a file for each namespace; those of pods are behind their processes.
-    ...(client.providers.includes('kubernetes') ? [['SYS_PTRACE', CAP_SYS_PTRACE] as const] : []),
-  ] as const;
-  const missing: string[] = [];
-  for (const [name, capability] of needed) if (!(await isCapable(machine, capability))) missing.push(name);
+/** What serving containers and pods takes besides (docs/workloads.md). */
+async function workloads(client: ClientHostSettings, place: Place, ports: DoctorPorts): Promise<readonly Check[]> {
+  const { machine, engine } = ports;
+  const { providers, sysctlRoot } = client;
+  const docker = providers.includes('docker');
+  const kubernetes = providers.includes('kubernetes');
+  if (!docker && !kubernetes) return [];
   const checks: Check[] = [];
-  if (missing.length > 0) {
+  const lacking: string[] = [];
+  if (!(await mayDo(machine, CAP_SYS_ADMIN))) lacking.push('SYS_ADMIN');
+  if (kubernetes && !(await mayDo(machine, CAP_SYS_PTRACE))) lacking.push('SYS_PTRACE');
+  if (lacking.length === 0) checks.push(ok('enter', 'the networks of others may be entered'));
+  else {
     const fix = {
       host: ['run it as root: sudo detour ...'],
-      docker: [`docker run: ${missing.map((name) => `--cap-add ${name}`).join(' ')}`],
+      docker: [
+        `docker run: ${lacking.map((one) => `--cap-add ${one}`).join(' ')}`,
+        `compose: cap_add: [NET_ADMIN, ${lacking.join(', ')}]`,
+      ],
       kubernetes: ['use the overlay k8s/overlays/pods, or its file k8s/detour-client.yaml'],
     };
-    checks.push({
-      ...fail('workloads', `without ${missing.join(' and ')} the networks of workloads cannot be entered`),
-      fix: fix[place],
-    });
+    checks.push(
+      fail(
+        'enter',
+        `the process has no ${lacking.map((one) => `CAP_${one}`).join(' and no ')}: it may not enter the networks of others`,
+        ...fix[place],
+      ),
+    );
   }
-  // A mount of that folder alone shows the namespace in which it was mounted, whoever looks (docs/kernel-notes.md).
-  const folder = under(client.sysctlRoot, 'net.mptcp');
-  const mounts = (await machine.read('/proc/self/mountinfo')) ?? '';
-  if (mounts.split('\n').some((line) => line.split(' ')[4] === folder)) {
-    const fix = {
-      host: [`umount ${folder}`],
-      docker: [`docker run: -v /proc/sys/net:${client.sysctlRoot}/net`],
-      kubernetes: [`a hostPath volume of /proc/sys/net, mounted at ${client.sysctlRoot}/net`],
-    };
-    checks.push({
-      ...fail('workloads', `${folder} is mounted by itself: it is that of one network in all of them`),
-      fix: fix[place],
-    });
+  // With a folder of it the parameters would be those of one network, whoever looks.
+  if (sysctlRoot !== '/proc/sys' && (await machine.read(under(sysctlRoot, 'net.ipv4.ip_forward'))) === null) {
+    checks.push(
+      fail(
+        'parameters',
+        `${sysctlRoot}/net is not all of /proc/sys/net: the path managers of other networks cannot be reached by it`,
+        `docker run: -v /proc/sys/net:${sysctlRoot}/net`,
+        `Kubernetes: a hostPath volume of /proc/sys/net, mounted at ${sysctlRoot}/net`,
+      ),
+    );
   }
-  return checks.length > 0 ? checks : [ok('workloads', 'their networks can be entered')];
+  if (!docker) return checks;
+  if (await machine.writable(engine)) checks.push(ok('engine', `${engine} can be opened`));
+  else
+    checks.push(
+      fail(
+        'engine',
+        `${engine} is not there, or may not be opened`,
+        `docker run: -v ${engine}:${engine}`,
+        'or name it: DOCKER_HOST=unix:///PATH',
+      ),
+    );
+  // Who may look at the processes of others has the other way in.
+  const byProcesses = await mayDo(machine, CAP_SYS_PTRACE);
+  if (place === 'docker' && !byProcesses && (await machine.list(SANDBOXES)).length === 0) {
+    checks.push(
+      warn(
+        'sandboxes',
+        `there is nothing in ${SANDBOXES}: no container runs, or the agent does not see their networks`,
+        `docker run: -v ${SANDBOXES}:${SANDBOXES}:ro,rslave   # or --pid host --cap-add SYS_PTRACE`,
+      ),
+    );
+  }
+  return checks;
 }
 
 /** As `redirect.ts` of the client will say; with --check the kernel says what it would do, and does nothing. */

@@ -502,7 +502,7 @@ export const TABLE = {
     name: 'DETOUR_SYSCTL_ROOT',
     roles: ['client'],
     default: '/proc/sys',
-    doc: "Where the loader finds `net/mptcp`. In a container /proc/sys is read-only: bind-mount the host's, and name it here.",
+    doc: "Where the loader finds `net/mptcp`. In a container /proc/sys is read-only: bind-mount the host's (all of `net` to serve containers and pods), and name it here.",
     example: '/host/proc/sys',
     parse: absolutePath(4095),
   }),

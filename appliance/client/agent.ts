@@ -80,8 +80,11 @@ export type Agent = {
   readiness(): Readiness;
   report(): Promise<AgentReport>;
   explain(address: Address, port: number | null): JsonObject;
-  /** Stops acting. Subflows that exist go on. */
-  stop(): Promise<void>;
+  /**
+   * Stops acting; subflows that exist go on. The path manager is put back by `restore`, while events are still listened to: with the
+   * userspace one selected and nobody listening, the kernel refuses incoming joins. @throws what `restore` throws
+   */
+  stop(restore: () => Promise<void>): Promise<void>;
 };
 
 export type AgentReport = {
@@ -143,6 +146,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   /** What adds a wall-clock time to a monotonic one. */
   const wallAt = (at: number): string => new Date(clock.wall() - (clock.now() - at)).toISOString();
   const diag = ports.openDiag();
+  let network: Network | null = null;
   let pathManager: PathManager | null = null;
   let rescuer: Rescuer | null = null;
   let tunnels: Tunnels | null = null;
@@ -332,6 +336,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
 
   /** Looks at the host's addresses; unless `anyway`, nothing follows when they are what they were. */
   async function look(anyway: boolean): Promise<void> {
+    if (!network) return;
     try {
       // What is inside our own tunnels is no way out of this host.
       const addresses = (await network.addresses()).filter(({ interface: name }) => !isTunnelName(name));
@@ -363,14 +368,14 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   async function findSources(servers: readonly Address[]): Promise<void> {
     const found: ServerSource[] = [];
     for (const server of servers) {
-      const route = await network.route(server).catch(() => null);
+      const route = await network?.route(server).catch(() => null);
       found.push({ server, local: route?.source ?? null });
     }
     handle({ kind: 'sources-found', sources: found });
   }
 
   /** Takes away what a predecessor left of its tunnels, and readies ours, if there are to be any. */
-  async function startTunnels(): Promise<Tunnels | null> {
+  async function startTunnels(route: Network['route']): Promise<Tunnels | null> {
     const opened = ports.openTunnels();
     try {
       handle({ kind: 'addresses-gone', addresses: await sweepTunnels(opened) });
@@ -393,7 +398,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
       datagrams: ports.datagrams,
       log,
       ports: opened,
-      route: network.route,
+      route,
       entrance(site) {
         const detour = entranceOf(state, site);
         return detour ? { detour: detour.key, endpoint: detour.endpoint } : null;
@@ -431,13 +436,34 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
     onEvent: handle,
     onExchange: (type, result) => metrics.exchanges.inc({ type, result }),
   });
-  pathManager = await ports.openPathManager(onKernelEvent);
-  const network = ports.openNetwork(onNews);
-  if (rescue) {
-    const { fwmark } = settings;
-    rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
+  /** Its sockets would otherwise keep the namespace, after everybody has left it. */
+  async function stop(restore: () => Promise<void>): Promise<void> {
+    stopped = true;
+    try {
+      await endTunnelled();
+      await tunnels?.stop();
+      detours.stop();
+      await restore();
+    } finally {
+      network?.close();
+      pathManager?.close();
+      await rescuer?.stop(needsRedirections(state));
+      diag.close();
+    }
   }
-  tunnels = await startTunnels();
+
+  try {
+    pathManager = await ports.openPathManager(onKernelEvent);
+    network = ports.openNetwork(onNews);
+    if (rescue) {
+      const { fwmark } = settings;
+      rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
+    }
+    tunnels = await startTunnels(network.route);
+  } catch (error) {
+    await stop(async () => undefined);
+    throw error;
+  }
   // What is adopted is told apart by the addresses of this host.
   void look(true).then(dump);
   const samples = sampler(diag, clock);
@@ -470,16 +496,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
       };
     },
     explain: (address, port) => showExplanation(state, address, port, time(), wallAt),
-    async stop() {
-      stopped = true;
-      await endTunnelled();
-      await tunnels?.stop();
-      detours.stop();
-      network.close();
-      pathManager?.close();
-      await rescuer?.stop(needsRedirections(state));
-      diag.close();
-    },
+    stop,
   };
 }
 

@@ -29,7 +29,7 @@ import { type DaemonPorts, type Place, startDaemon } from './daemon.ts';
 import { watchDocker } from './docker.ts';
 import { watchKubernetes } from './kubernetes.ts';
 import { type LoaderPorts, unload as restore, load as select } from './loader.ts';
-import { REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
+import { REDIRECTIONS, REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
 import { sweepTunnels, type TunnelPorts } from './tunnels.ts';
 
 /** The nftables table in which the client remembers what it changed. It holds no chain and touches no packet. */
@@ -40,6 +40,9 @@ export type RunningClient = {
   /** Puts the path manager back and ends. Paths that exist go on without the agent. */
   stop(): Promise<void>;
 };
+
+/** Where Docker keeps the network namespaces of its containers. */
+const SANDBOXES = '/var/run/docker/netns';
 
 /** A burst of connections leaves freed memory behind; as for the router. */
 const TRIM_MS = 10_000;
@@ -119,8 +122,9 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
   const { providers } = settings;
   if (providers.every((name) => name === 'host')) return [];
   mayWriteTheirs(settings);
-  await mayEnter(providers);
+  await mayServe(providers);
   const clock = systemClock;
+  const processes = systemProcesses();
   const readers = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
   const watchers: DaemonPorts['providers'][number][] = [];
   if (providers.includes('docker')) {
@@ -128,11 +132,10 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
     // Only when it is needed: the library takes 10 MB.
     const { dockerEngine } = await import('../kernel/engine.ts');
     const engine = dockerEngine(socketPath);
-    watchers.push((onChange) => watchDocker({ engine, clock, log, readers, onChange }));
+    watchers.push((onChange) => watchDocker({ engine, processes, clock, log, readers, onChange }));
   }
   if (providers.includes('kubernetes')) {
     const pods = podsOf(apiServer());
-    const processes = systemProcesses();
     watchers.push((onChange) => watchKubernetes({ pods, processes, clock, log, readers, onChange }));
   }
   return watchers;
@@ -148,19 +151,27 @@ function mayWriteTheirs({ providers, sysctlRoot }: ClientSettings): void {
   );
 }
 
-/** Entering another namespace takes a capability that serving one's own does not; better to hear of it at once. */
-async function mayEnter(providers: readonly ProviderName[]): Promise<void> {
+/** What serving others takes, besides what each of their namespaces shows: better to hear of it at once. @throws Fatal (69) */
+async function mayServe(providers: readonly ProviderName[]): Promise<void> {
+  (await openPathManager(ownNamespace, () => undefined)).close();
+  const setting = `DETOUR_PROVIDERS=${providers.join(',')}`;
   try {
     (await openNamespace('/proc/self/ns/net')).close();
   } catch (error) {
     if (!(error instanceof NamespaceError)) throw error;
     throw new Fatal(
       69,
-      `DETOUR_PROVIDERS=${providers.join(',')}: this process may not enter other network namespaces (${error.code}); it needs CAP_SYS_ADMIN. ` +
-        'docker: --cap-add SYS_ADMIN -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave; ' +
+      `${setting}: this process may not enter other network namespaces (${error.code}): it needs CAP_SYS_ADMIN. ` +
+        `docker: --cap-add SYS_ADMIN -v ${SANDBOXES}:${SANDBOXES}:ro,rslave; ` +
         'Kubernetes: use the overlay k8s/overlays/pods, which also has hostPID and SYS_PTRACE',
     );
   }
+  // The first process of a pid namespace sees none but those that it started.
+  if (providers.includes('kubernetes') && process.pid === 1)
+    throw new Fatal(
+      69,
+      `${setting}: this process sees none of the node's: in the pod: hostPID: true; docker: --pid host`,
+    );
 }
 
 /** @throws Fatal (78) for an engine that is not on this host: its namespaces could not be entered */
@@ -196,13 +207,22 @@ async function enter(path: string): Promise<Namespace> {
     return await openNamespace(path);
   } catch (error) {
     if (!(error instanceof NamespaceError)) throw error;
-    const inProc = path.startsWith('/proc/');
-    if (error.code === 'ENOENT' && !inProc)
-      throw new Error(`${error.message}; mount it: -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave`);
-    if (error.code === 'EACCES' || (error.code === 'EPERM' && inProc))
-      throw new Error(`${error.message}; it needs the host's pid namespace and CAP_SYS_PTRACE besides CAP_SYS_ADMIN`);
-    throw error;
+    throw new Error(`${error.message}${remedyFor(path, error.code)}`);
   }
+}
+
+function remedyFor(path: string, code: string): string {
+  if (path.startsWith('/proc/')) {
+    return code === 'EACCES' || code === 'EPERM'
+      ? "; with the host's pid namespace it needs CAP_SYS_PTRACE besides CAP_SYS_ADMIN"
+      : '';
+  }
+  const mount = `-v ${SANDBOXES}:${SANDBOXES}:ro,rslave`;
+  if (code === 'ENOENT')
+    return `; the agent has to see the engine's files: ${mount} (docker info says where, if its exec-root is another)`;
+  // A file that nothing is mounted on is an ordinary one.
+  if (code === 'EINVAL') return `; what the engine mounts must reach the agent after its start: ${mount}`;
+  return '';
 }
 
 /** `detour load`: selects the userspace path manager until `detour unload`. @throws Fatal (69) */
@@ -237,7 +257,10 @@ async function removeTunnels(): Promise<void> {
 
 /** @throws Fatal (69) */
 async function removeRedirections(namespace: Namespace = ownNamespace): Promise<void> {
-  const failure = await systemNft({ namespace }).run(REMOVE_REDIRECTIONS);
+  const nft = systemNft({ namespace });
+  // Usually there are none, which is seen in a tenth of the time that removing them takes.
+  const absent = await nft.dump(...REDIRECTIONS, () => undefined);
+  const failure = absent?.kind === 'absent' ? null : await nft.run(REMOVE_REDIRECTIONS);
   if (failure) throw new Fatal(69, `cannot remove table ${RESCUE_TABLE}: ${remedyOf(failure)}`);
 }
 

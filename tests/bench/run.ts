@@ -17,6 +17,7 @@ import { measureReaction } from './reaction.ts';
 import { measureRelay } from './relay.ts';
 import { measureRescue } from './rescue.ts';
 import { measureTunnels } from './tunnels.ts';
+import { measureWorkloads } from './workloads.ts';
 
 const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   relay: measureRelay,
@@ -26,6 +27,7 @@ const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   leases: measureLeases,
   rescue: measureRescue,
   tunnels: measureTunnels,
+  workloads: measureWorkloads,
 };
 /** Run by name only. */
 const LONG: Readonly<Record<string, () => Promise<Figure[]>>> = {

@@ -504,6 +504,13 @@ export class Lab implements AsyncDisposable {
     return link;
   }
 
+  /** Removes one host before the others, as when a container ends: its namespace lives on while anybody else holds it. */
+  async drop(host: Host): Promise<void> {
+    this.#hosts.delete(host.name);
+    await host.killAll();
+    await remove(host.namespace);
+  }
+
   /** Kills every program of the lab and removes its namespaces, and with them links, routes, rules and sysctls. */
   async [Symbol.asyncDispose](): Promise<void> {
     process.off('exit', this.#onExit);

@@ -68,6 +68,7 @@ async function diagnose(
       datagrams: new FakeNetwork(clock).host([]),
       resolve: async () => [],
       kubernetes,
+      engine: '/var/run/docker.sock',
     },
   );
 }
@@ -194,6 +195,7 @@ async function examineWith(commands: MachineParts['commands']): Promise<readonly
       datagrams: new FakeNetwork(clock).host([]),
       resolve: async () => [],
       kubernetes: false,
+      engine: '',
     },
   );
 }
@@ -294,45 +296,74 @@ describe('client', () => {
   });
 });
 
-describe('workloads', () => {
-  const serving = (providers: string): Partial<Subject> => ({
-    client: loadClientHostSettings({
-      ...sources,
-      env: { DETOUR_PROVIDERS: providers, DETOUR_SYSCTL_ROOT: '/host/proc/sys' },
-    }).settings,
-    running: { router: false, client: true },
+describe('containers and pods', () => {
+  const serving = (providers: string) =>
+    loadClientHostSettings({ ...sources, env: { DETOUR_PROVIDERS: providers, DETOUR_SYSCTL_ROOT: '/host/proc/sys' } })
+      .settings;
+  /** A container with the documented flags, by its capabilities. */
+  const inside = (capabilities: string, changes: Readonly<Record<string, string>> = {}): MachineParts => ({
+    files: {
+      '/.dockerenv': 'x',
+      '/proc/self/status': `Name:\tnode\nCapEff:\t${capabilities}\n`,
+      '/host/proc/sys/net/mptcp/enabled': '1\n',
+      '/host/proc/sys/net/mptcp/path_manager': 'kernel\n',
+      '/host/proc/sys/net/ipv4/ip_forward': '1\n',
+      '/var/run/docker/netns/1a2b3c': 'x',
+      ...changes,
+    },
+    writable: ['/var/run/docker.sock', PATH_MANAGER],
   });
-  const files = {
-    '/host/proc/sys/net/mptcp/enabled': '1\n',
-    '/host/proc/sys/net/mptcp/path_manager': 'kernel\n',
-    // NET_ADMIN, SYS_PTRACE and SYS_ADMIN.
-    '/proc/self/status': 'CapEff:\t0000000000281000\n',
-    '/proc/self/mountinfo': '27 1 0:22 /sys/net /host/proc/sys/net rw - proc proc rw\n',
-  };
-  const writable = ['/host/proc/sys/net/mptcp/path_manager'];
+  const PATH_MANAGER = '/host/proc/sys/net/mptcp/path_manager';
+  const ADMIN = '0000000000201000';
+  const ADMIN_AND_PTRACE = '0000000000281000';
+  const one = async (parts: MachineParts, providers: string, kubernetes = false) =>
+    only(parts, { router: null, client: serving(providers) }, kubernetes);
 
-  it('are served in their namespaces, and the path manager of this one is nothing to look at', async () => {
-    const checks = await diagnose({ files, writable }, serving('kubernetes'), true);
-    expect(sick(checks)).toEqual([]);
-    expect(checks).toContainEqual(expect.objectContaining({ name: 'workloads', state: 'ok' }));
-    expect(await only({ files, writable }, serving('host,kubernetes'), true)).toMatchObject({ name: 'path-manager' });
-  });
-
-  it.each([
-    ['kubernetes', '0000000000001000', /without SYS_ADMIN and SYS_PTRACE/],
-    ['kubernetes', '0000000000201000', /without SYS_PTRACE/],
-    ['docker', '0000000000001000', /without SYS_ADMIN the/],
-  ])('of %s with capabilities %s', async (providers, effective, detail) => {
-    const status = { ...files, '/proc/self/status': `CapEff:\t${effective}\n` };
-    const check = await only({ files: status, writable }, serving(providers), true);
-    expect(check).toMatchObject({ name: 'workloads', state: 'fail', detail: expect.stringMatching(detail) });
-    expect(check.fix.join()).toContain('k8s/overlays/pods');
+  it('are fine with what the documentation says, whatever the agent’s own path manager is', async () => {
+    const subject = { router: null, running: { router: false, client: true } };
+    expect(sick(await diagnose(inside(ADMIN), { ...subject, client: serving('docker') }))).toEqual([]);
+    const kubernetes = await diagnose(inside(ADMIN_AND_PTRACE), { ...subject, client: serving('kubernetes') }, true);
+    expect(sick(kubernetes)).toEqual([]);
   });
 
-  it('need the sysctls of their own namespaces', async () => {
-    const narrow = '27 1 0:22 /sys/net/mptcp /host/proc/sys/net/mptcp rw - proc proc rw\n';
-    const check = await only({ files: { ...files, '/proc/self/mountinfo': narrow }, writable }, serving('docker'));
-    expect(check).toMatchObject({ name: 'workloads', state: 'fail', fix: ['umount /host/proc/sys/net/mptcp'] });
+  it('are not looked at for an agent of its own network', async () => {
+    const names = (await diagnose(inside('0000000000001000'))).map(({ name }) => name);
+    for (const name of ['enter', 'parameters', 'engine', 'sandboxes']) expect(names).not.toContain(name);
+  });
+
+  it('need capabilities, named for the place', async () => {
+    expect(await one(inside('0000000000001000'), 'docker')).toMatchObject({
+      name: 'enter',
+      fix: ['docker run: --cap-add SYS_ADMIN', 'compose: cap_add: [NET_ADMIN, SYS_ADMIN]'],
+    });
+    expect(await one(inside(ADMIN), 'kubernetes', true)).toMatchObject({
+      name: 'enter',
+      detail: expect.stringContaining('no CAP_SYS_PTRACE'),
+      fix: ['use the overlay k8s/overlays/pods, or its file k8s/detour-client.yaml'],
+    });
+  });
+
+  it('need all of the parameters, the engine’s socket and its sandboxes', async () => {
+    expect(await one(inside(ADMIN, { '/host/proc/sys/net/ipv4/ip_forward': '' }), 'docker')).toMatchObject({
+      name: 'parameters',
+      fix: [
+        'docker run: -v /proc/sys/net:/host/proc/sys/net',
+        'Kubernetes: a hostPath volume of /proc/sys/net, mounted at /host/proc/sys/net',
+      ],
+    });
+    expect(await one({ ...inside(ADMIN), writable: [PATH_MANAGER] }, 'docker')).toMatchObject({
+      name: 'engine',
+      fix: [expect.stringContaining('-v /var/run/docker.sock:/var/run/docker.sock'), expect.any(String)],
+    });
+    const unseen = { '/var/run/docker/netns/1a2b3c': '' };
+    expect(sick(await diagnose(inside(ADMIN_AND_PTRACE, unseen), { router: null, client: serving('docker') }))).toEqual(
+      [],
+    );
+    expect(await one(inside(ADMIN, unseen), 'docker')).toMatchObject({
+      name: 'sandboxes',
+      state: 'warn',
+      fix: [expect.stringContaining(':ro,rslave')],
+    });
   });
 });
 
