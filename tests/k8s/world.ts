@@ -100,6 +100,8 @@ export class ClusterWorld implements AsyncDisposable {
   readonly detour: Host;
   readonly nodes: readonly [ClusterNode, ClusterNode];
   readonly key = makeKey('0a0b0c0d');
+  /** The last part of the direct way of the first node. */
+  readonly direct: Link;
   /** All that lead to the server, on some part of them. */
   readonly #ways: readonly Link[];
   readonly #scope: AsyncDisposableStack;
@@ -108,13 +110,14 @@ export class ClusterWorld implements AsyncDisposable {
     cluster: Cluster,
     nodes: readonly [ClusterNode, ClusterNode],
     hosts: { readonly server: Host; readonly detour: Host },
-    ways: readonly Link[],
+    ways: readonly [Link, ...Link[]],
     scope: AsyncDisposableStack,
   ) {
     this.cluster = cluster;
     this.nodes = nodes;
     this.server = hosts.server;
     this.detour = hosts.detour;
+    [this.direct] = ways;
     this.#ways = ways;
     this.#scope = scope;
   }
