@@ -7,7 +7,7 @@ import { randomBytes } from 'node:crypto';
 import { hostname, networkInterfaces } from 'node:os';
 import { parseArgs } from 'node:util';
 import { examine, presentChecks, type Subject } from './doctor.ts';
-import { type ExitCode, Fatal } from './exit.ts';
+import { type ExitCode, Fatal, STOP_DEADLINE_MS } from './exit.ts';
 import { INVITE_FORMATS, renderInvite } from './invite.ts';
 import { systemClock } from './kernel/clock.ts';
 import { udpDatagrams } from './kernel/datagrams.ts';
@@ -60,8 +60,6 @@ Settings are environment variables, DETOUR_*; each also as DETOUR_*_FILE. The li
 Exit codes: 0 fine, 1 failed, 64 bad usage, 69 the machine lacks something, 78 bad configuration.
 `;
 
-/** Docker kills after 10 s. */
-const STOP_DEADLINE_MS = 8_000;
 const CRASH_DEADLINE_MS = 3_000;
 
 class Usage extends Fatal {
@@ -329,9 +327,12 @@ async function explain({ flags, words: [word], sources }: Invocation): Promise<E
       if (code === 404) throw new Fatal(1, 'this daemon is a router: explain asks a client, see DETOUR_SOCKET');
       if (code === 503) throw new Fatal(1, 'the client is still starting: ask again');
       if (code !== 200) throw new Fatal(1, `the client could not explain: ${body.trim()}`);
-      explanations.push(JSON.parse(body));
+      // An agent of several namespaces has one for each.
+      const said: Json | readonly Json[] = JSON.parse(body);
+      explanations.push(...(Array.isArray(said) ? said : [said]));
     }
   }
+  if (explanations.length === 0) throw new Fatal(1, 'no network is served yet: see `detour status`');
   if (flags.json) print(JSON.stringify(explanations, null, 2));
   else print(explanations.map((one) => presentExplanation(host, one)).join('\n\n'));
   return 0;
@@ -505,6 +506,7 @@ async function doctor({ flags, words, sources }: Invocation): Promise<ExitCode |
       datagrams: udpDatagrams(),
       resolve: systemLookup().addresses,
       kubernetes: sources.env.KUBERNETES_SERVICE_HOST !== undefined,
+      engine: sources.env.DOCKER_HOST?.replace(/^unix:\/\//, '') || '/var/run/docker.sock',
     },
   );
   const failed = checks.some(({ state }) => state === 'fail');

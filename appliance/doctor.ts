@@ -6,7 +6,16 @@ import { missingOf } from './kernel/bpf.ts';
 import type { Clock } from './kernel/clock.ts';
 import type { Datagrams } from './kernel/datagrams.ts';
 import type { Machine } from './kernel/machine.ts';
-import { type Address, type Endpoint, formatAddress, formatEndpoint, type PortRange } from './protocol/address.ts';
+import {
+  type Address,
+  contains,
+  type Endpoint,
+  formatAddress,
+  formatEndpoint,
+  formatPrefix,
+  type PortRange,
+  parsePrefix,
+} from './protocol/address.ts';
 import {
   COOKIE_BYTES,
   decodeResponse,
@@ -58,6 +67,8 @@ export type DoctorPorts = {
   readonly resolve: (host: string) => Promise<readonly Address[]>;
   /** Of the environment: only whether Kubernetes set it. */
   readonly kubernetes: boolean;
+  /** Path of the Docker engine's socket. */
+  readonly engine: string;
 };
 
 const ok = (name: string, detail: string): Check => ({ name, state: 'ok', detail, fix: [] });
@@ -70,6 +81,10 @@ const OLDEST_KERNEL = [6, 6] as const;
 const OLDEST_NFT = [1, 0] as const;
 /** linux/capability.h */
 const CAP_NET_ADMIN = 12n;
+const CAP_SYS_PTRACE = 19n;
+const CAP_SYS_ADMIN = 21n;
+/** Where Docker keeps the network namespaces of its containers. */
+const SANDBOXES = '/var/run/docker/netns';
 /** A router grants no new lease above this share of the connection table (docs/protocol.md). */
 const CONNTRACK_FULL = 0.85;
 const CONNTRACK_BUSY = 0.6;
@@ -97,8 +112,12 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
   if (client) checks.push(mptcp(machine, client, place), mptcpify(machine, client, place));
   if (client?.sides.includes('client')) checks.push(pathManager(machine, client, place, subject.running.client));
   else if (client) checks.push(accepting(machine, client));
+  if (client) checks.push(workloads(client, place, ports));
   if (client?.rescue) checks.push(rescue(machine));
   if (client?.interfaces) checks.push(interfaces(machine, client.interfaces));
+  // By default tunnels are a last resort, for which nobody should be made to prepare.
+  if (client?.strategy.kinds.includes('vpn') && !client.strategy.fallback)
+    checks.push(tunnels(machine, 'client-tunnels', place));
   if (router) {
     checks.push(
       forwarding(machine, place, subject.running.router),
@@ -107,6 +126,13 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
       controlPort(machine, router, subject.running.router),
       leasePorts(machine, router),
     );
+    if (router.vpn) {
+      checks.push(
+        tunnels(machine, 'tunnels', place),
+        tunnelPort(machine, router.vpn.port, subject.running.router),
+        tunnelNetworks(machine, router.vpn),
+      );
+    }
   }
   if (detours) {
     checks.push(listed(detours.lists));
@@ -147,10 +173,13 @@ async function kernel(machine: Machine, needsMptcp: boolean): Promise<readonly C
     : [warn('kernel', `Linux ${release}; the router is tested with ${wanted}`, remedy)];
 }
 
-async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
+async function mayDo(machine: Machine, capability: bigint): Promise<boolean> {
   const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec((await machine.read('/proc/self/status')) ?? '')?.[1];
-  if (effective !== undefined && (BigInt(`0x${effective}`) >> CAP_NET_ADMIN) & 1n)
-    return [ok('net-admin', 'CAP_NET_ADMIN is there')];
+  return effective !== undefined && ((BigInt(`0x${effective}`) >> capability) & 1n) === 1n;
+}
+
+async function netAdmin(machine: Machine, place: Place): Promise<readonly Check[]> {
+  if (await mayDo(machine, CAP_NET_ADMIN)) return [ok('net-admin', 'CAP_NET_ADMIN is there')];
   const fix = {
     host: ['run it as root: sudo detour ...'],
     docker: ['docker run: --cap-drop ALL --cap-add NET_ADMIN (and no --user)', 'compose: cap_add: [NET_ADMIN]'],
@@ -253,7 +282,9 @@ async function pathManager(
     ];
   }
   const checks: Check[] = [];
-  if (running && selected !== 'userspace') {
+  if (!client.providers.includes('host')) {
+    checks.push(ok('path-manager', `${selected} here, which is left alone: workloads are served in theirs`));
+  } else if (running && selected !== 'userspace') {
     checks.push(
       fail(
         'path-manager',
@@ -279,14 +310,17 @@ async function pathManager(
 
   if (await machine.writable(under(root, parameter))) checks.push(ok('sysctl', `${parameter} can be written`));
   else {
+    // Of other namespaces than this one, the folder above shows the right one.
+    const folder = client.providers.some((name) => name !== 'host') ? 'net' : 'net/mptcp';
+    const mount = `/proc/sys/${folder}:/host/proc/sys/${folder}`;
     const fix = {
       host: ['run it as root: sudo detour ...'],
       docker: [
-        'docker run: -v /proc/sys/net/mptcp:/host/proc/sys/net/mptcp -e DETOUR_SYSCTL_ROOT=/host/proc/sys',
-        'compose: volumes: ["/proc/sys/net/mptcp:/host/proc/sys/net/mptcp"], environment: {DETOUR_SYSCTL_ROOT: /host/proc/sys}',
+        `docker run: -v ${mount} -e DETOUR_SYSCTL_ROOT=/host/proc/sys`,
+        `compose: volumes: ["${mount}"], environment: {DETOUR_SYSCTL_ROOT: /host/proc/sys}`,
       ],
       kubernetes: [
-        'a hostPath volume of /proc/sys/net/mptcp, mounted at /host/proc/sys/net/mptcp, and env DETOUR_SYSCTL_ROOT=/host/proc/sys',
+        `a hostPath volume of /proc/sys/${folder}, mounted at /host/proc/sys/${folder}, and env DETOUR_SYSCTL_ROOT=/host/proc/sys`,
       ],
     };
     const harmless = selected === 'userspace';
@@ -422,6 +456,71 @@ const mountsIn = (text: string): readonly Mount[] =>
     return root !== undefined && at !== undefined && type !== undefined ? [{ root, at, type }] : [];
   });
 
+/** What serving containers and pods takes besides (docs/workloads.md). */
+async function workloads(client: ClientHostSettings, place: Place, ports: DoctorPorts): Promise<readonly Check[]> {
+  const { machine, engine } = ports;
+  const { providers, sysctlRoot } = client;
+  const docker = providers.includes('docker');
+  const kubernetes = providers.includes('kubernetes');
+  if (!docker && !kubernetes) return [];
+  const checks: Check[] = [];
+  const lacking: string[] = [];
+  if (!(await mayDo(machine, CAP_SYS_ADMIN))) lacking.push('SYS_ADMIN');
+  if (kubernetes && !(await mayDo(machine, CAP_SYS_PTRACE))) lacking.push('SYS_PTRACE');
+  if (lacking.length === 0) checks.push(ok('enter', 'the networks of others may be entered'));
+  else {
+    const fix = {
+      host: ['run it as root: sudo detour ...'],
+      docker: [
+        `docker run: ${lacking.map((one) => `--cap-add ${one}`).join(' ')}`,
+        `compose: cap_add: [NET_ADMIN, ${lacking.join(', ')}]`,
+      ],
+      kubernetes: ['use the overlay k8s/overlays/pods, or its file k8s/detour-client.yaml'],
+    };
+    checks.push(
+      fail(
+        'enter',
+        `the process has no ${lacking.map((one) => `CAP_${one}`).join(' and no ')}: it may not enter the networks of others`,
+        ...fix[place],
+      ),
+    );
+  }
+  // With a folder of it the parameters would be those of one network, whoever looks.
+  if (sysctlRoot !== '/proc/sys' && (await machine.read(under(sysctlRoot, 'net.ipv4.ip_forward'))) === null) {
+    checks.push(
+      fail(
+        'parameters',
+        `${sysctlRoot}/net is not all of /proc/sys/net: the path managers of other networks cannot be reached by it`,
+        `docker run: -v /proc/sys/net:${sysctlRoot}/net`,
+        `Kubernetes: a hostPath volume of /proc/sys/net, mounted at ${sysctlRoot}/net`,
+      ),
+    );
+  }
+  if (!docker) return checks;
+  if (await machine.writable(engine)) checks.push(ok('engine', `${engine} can be opened`));
+  else
+    checks.push(
+      fail(
+        'engine',
+        `${engine} is not there, or may not be opened`,
+        `docker run: -v ${engine}:${engine}`,
+        'or name it: DOCKER_HOST=unix:///PATH',
+      ),
+    );
+  // Who may look at the processes of others has the other way in.
+  const byProcesses = await mayDo(machine, CAP_SYS_PTRACE);
+  if (place === 'docker' && !byProcesses && (await machine.list(SANDBOXES)).length === 0) {
+    checks.push(
+      warn(
+        'sandboxes',
+        `there is nothing in ${SANDBOXES}: no container runs, or the agent does not see their networks`,
+        `docker run: -v ${SANDBOXES}:${SANDBOXES}:ro,rslave   # or --pid host --cap-add SYS_PTRACE`,
+      ),
+    );
+  }
+  return checks;
+}
+
 /** As `redirect.ts` of the client will say; with --check the kernel says what it would do, and does nothing. */
 const REDIRECTION =
   'add table inet detour_rescue; add chain inet detour_rescue output { type nat hook output priority -100; }';
@@ -501,6 +600,90 @@ async function interfaces(
       'ip -br addr',
     ),
   ];
+}
+
+/** Whether this machine can carry tunnels, and by what. */
+async function tunnels(machine: Machine, name: string, place: Place): Promise<readonly Check[]> {
+  const loaded = (await machine.list('/sys/module/wireguard')).length > 0;
+  const loadable = loaded || (await machine.run('modprobe', ['--dry-run', 'wireguard']))?.code === 0;
+  if (loadable) return [ok(name, `the kernel has WireGuard${loaded ? '' : ', and loads it when it is needed'}`)];
+  const program = await machine.run('wireguard-go', ['--version']);
+  const device = (await machine.list('/dev/net')).includes('tun');
+  if (program && device)
+    return [
+      warn(
+        name,
+        'this kernel has no WireGuard: wireguard-go carries tunnels, which takes far more CPU',
+        'modprobe wireguard   # on the host',
+      ),
+    ];
+  const missing = [program ? '' : 'wireguard-go', device ? '' : '/dev/net/tun']
+    .filter((what) => what !== '')
+    .join(' and ');
+  const fix = {
+    host: ['modprobe wireguard', 'apt-get install wireguard-go && modprobe tun'],
+    docker: [
+      'modprobe wireguard   # on the host',
+      'docker run: --device /dev/net/tun; compose: devices: [/dev/net/tun]',
+    ],
+    kubernetes: [
+      'modprobe wireguard   # on the node',
+      'a hostPath volume of /dev/net/tun (type CharDevice), mounted there',
+    ],
+  };
+  return [
+    fail(name, `no tunnel can be made: this kernel has no WireGuard, and ${missing} is not here either`, ...fix[place]),
+  ];
+}
+
+async function tunnelPort(machine: Machine, port: number, running: boolean): Promise<readonly Check[]> {
+  const bound = (await boundPorts(machine, 'udp', `0${IN_USE}`)).includes(port);
+  if (bound === running) return [ok('tunnel-port', running ? `tunnels arrive at UDP ${port}` : `UDP ${port} is free`)];
+  return bound
+    ? [
+        fail(
+          'tunnel-port',
+          `something uses UDP ${port} already`,
+          `ss -ulpn 'sport = :${port}'   # shows which; or set DETOUR_VPN_PORT to another port`,
+        ),
+      ]
+    : [
+        fail(
+          'tunnel-port',
+          `the router runs, but no tunnel can arrive at UDP ${port}`,
+          'detour status router   # says what is wrong with its tunnels',
+        ),
+      ];
+}
+
+/** As `TUNNEL_INTERFACE` of the router. */
+const TUNNELS = 'detour-vpn';
+
+/** Whether the networks of the tunnels are this host's own. */
+async function tunnelNetworks(
+  machine: Machine,
+  { v4, v6 }: NonNullable<RouterSettings['vpn']>,
+): Promise<readonly Check[]> {
+  const checks: Check[] = [];
+  for (const network of [v4, v6]) {
+    if (!network) continue;
+    const version = network.address.family === 4 ? '-4' : '-6';
+    const listing = await machine.run('ip', ['-j', version, 'route', 'show', 'table', 'all']);
+    const clash = rowsOf(listing?.stdout)
+      .filter(({ dev }) => dev !== TUNNELS)
+      .map(({ dst }) => parsePrefix(String(dst)))
+      .find((one) => one && one.length > 0 && (contains(one, network.address) || contains(network, one.address)));
+    if (clash) {
+      checks.push(
+        fail(
+          'tunnel-network',
+          `${formatPrefix(network)} of DETOUR_VPN_NETWORK overlaps with ${formatPrefix(clash)}, to which this host has a route`,
+          `DETOUR_VPN_NETWORK=${network.address.family === 4 ? '10.216.0.0/16' : 'fd0d:e71::/48'},...   # any private network that is free here`,
+        ),
+      );
+    } else checks.push(ok('tunnel-network', `${formatPrefix(network)} is nobody else's here`));
+  }
+  return checks;
 }
 
 type Row = Readonly<Record<string, unknown>>;
@@ -674,6 +857,17 @@ async function firewall(machine: Machine, router: RouterSettings, running: boole
             `ufw allow ${port}/udp`,
           ),
     );
+    if (router.vpn) {
+      const { port: tunnelled } = router.vpn;
+      const lets = new RegExp(`-p udp .*--dport ${tunnelled} .*ACCEPT`).test(
+        `${userRules?.stdout} `.replaceAll('\n', ' \n'),
+      );
+      checks.push(
+        lets
+          ? ok('ufw', `lets UDP ${tunnelled} in`)
+          : warn('ufw', 'ufw is active; it must let tunnels in', `ufw allow ${tunnelled}/udp`),
+      );
+    }
   }
   if (has('inet', 'firewalld', /./)) {
     checks.push(

@@ -11,3 +11,6 @@ export class Fatal extends Error {
     this.exitCode = exitCode;
   }
 }
+
+/** How long a daemon may take to leave, ms. Docker kills after 10 s; the pods of k8s/ are given more. */
+export const STOP_DEADLINE_MS = 8_000;

@@ -57,13 +57,31 @@ secrets:
     file: ./detour-key
 `;
     case 'kubernetes':
-      return `apiVersion: v1
+      return `# kubectl apply -f this, then -f k8s/detour-client.yaml (pods with an annotation) or -f k8s/detour-client-host.yaml (nodes)
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: detour-system
+  labels:
+    pod-security.kubernetes.io/enforce: privileged
+    pod-security.kubernetes.io/audit: privileged
+    pod-security.kubernetes.io/warn: privileged
+---
+apiVersion: v1
 kind: Secret
 metadata:
   name: detour-client
+  namespace: detour-system
 type: Opaque
 stringData:
-  DETOUR_KEY: "${key}"
+  key: "${key}"
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: detour-client
+  namespace: detour-system
+data:
   DETOUR_DETOURS: "${source(invitation)}"
 `;
   }

@@ -11,6 +11,7 @@ import {
   formatEndpoint,
   formatPrefix,
   type PortRange,
+  type Prefix,
 } from './protocol/address.ts';
 import { BOTH, maskUrl, Refused, ROWS, refuse, TABLE, type Variable } from './variables.ts';
 
@@ -41,6 +42,16 @@ export type RouterSettings = CommonSettings & {
   readonly leaseTime: number;
   readonly legacyV1: boolean;
   readonly onExit: 'keep' | 'cleanup';
+  /** Null while it offers no tunnels. */
+  readonly vpn: VpnSettings | null;
+};
+
+/** What a router says of its tunnels. At least one family is carried. */
+export type VpnSettings = {
+  /** UDP port. */
+  readonly port: number;
+  readonly v4: Prefix | null;
+  readonly v6: Prefix | null;
 };
 
 /** Where detours come from. */
@@ -58,8 +69,14 @@ export type DetourSource =
 /** Sources that need nobody to be read but a resolver. */
 export type FixedSource = Extract<DetourSource, { kind: 'static' | 'dns' }>;
 
-/** Kinds of further paths; free places go to those named first when `ordered`. */
-export type Strategy = { readonly kinds: readonly ('nat' | 'announced')[]; readonly ordered: boolean };
+/** Kinds of further paths. */
+export type Strategy = {
+  readonly kinds: readonly ('nat' | 'vpn' | 'announced')[];
+  /** Free places go to those named first. */
+  readonly ordered: boolean;
+  /** `vpn` is not asked for, but may be used through detours whose leases are of no use. */
+  readonly fallback?: boolean;
+};
 
 /** `host` is the network namespace that the agent runs in. */
 export type ProviderName = 'host' | 'docker' | 'kubernetes';
@@ -96,7 +113,7 @@ export type ClientSettings = CommonSettings & {
 
 /** The part of a client's settings that concerns its host, and that exists without any key. */
 export type ClientHostSettings = CommonSettings &
-  Pick<ClientSettings, 'sides' | 'mptcpify' | 'sysctlRoot' | 'rescue' | 'interfaces'>;
+  Pick<ClientSettings, 'sides' | 'mptcpify' | 'sysctlRoot' | 'rescue' | 'interfaces' | 'providers' | 'strategy'>;
 
 /** Where a value came from: the default, the variable itself, the file its `_FILE` names, or `/run/secrets`. */
 export type Origin = 'default' | 'env' | 'file' | 'secret';
@@ -424,6 +441,12 @@ function crossCheck(role: Role, get: <T>(row: Variable<T>) => T): readonly Probl
       line: `DETOUR_PORTS="${ports.first}-${ports.last}": contains ${http.port}, the port of DETOUR_HTTP=${formatEndpoint(http)}; move one of them`,
     });
   }
+  if (get(TABLE.vpn) && get(TABLE.vpnPort) === listen.port) {
+    problems.push({
+      variable: TABLE.vpnPort.name,
+      line: `DETOUR_VPN_PORT="${listen.port}": is the control port of DETOUR_LISTEN, and both are UDP; for example DETOUR_VPN_PORT=${TABLE.vpnPort.default}`,
+    });
+  }
   const spell = (rule: DestinationRule): string =>
     `${formatPrefix(rule.prefix)}${rule.ports.map(({ first, last }) => `:${first}-${last}`).join('')}`;
   const denied = new Set(get(TABLE.deny).map(spell));
@@ -491,6 +514,7 @@ export function loadRouterSettings(sources: Sources, options: Partial<Options> =
     leaseTime: get(TABLE.leaseTime),
     legacyV1: get(TABLE.legacyV1),
     onExit: get(TABLE.onExit),
+    vpn: get(TABLE.vpn) ? { port: get(TABLE.vpnPort), ...get(TABLE.vpnNetwork) } : null,
   };
   return freeze({ settings, shown, warnings });
 }
@@ -541,6 +565,8 @@ export function loadClientHostSettings(
       sysctlRoot: get(TABLE.sysctlRoot),
       rescue: get(TABLE.rescue),
       interfaces: interfaceChoice(get(TABLE.interfaces), get(TABLE.interfacesExclude)),
+      providers: get(TABLE.providers),
+      strategy: get(TABLE.strategy),
     },
     shown,
     warnings,

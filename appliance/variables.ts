@@ -9,6 +9,7 @@ import {
   type Endpoint,
   formatPrefix,
   type PortRange,
+  type Prefix,
   parseAddress,
   parseEndpoint,
   parsePrefix,
@@ -54,16 +55,6 @@ function oneOf<T extends string>(...choices: readonly T[]): (text: string) => T 
     choices.find((choice) => choice === text.toLowerCase()) ?? refuse(`must be one of ${choices.join(', ')}`);
 }
 
-/** Accepts what this version can do and says plainly that the rest of the contract is not there yet. */
-function onlyYet(offered: readonly string[], planned: RegExp): (text: string) => string {
-  return (text) => {
-    const found = offered.find((choice) => choice === text.toLowerCase());
-    if (found !== undefined) return found;
-    const here = offered[0] === '' ? 'leave it unset' : `this version has only ${offered.join(' and ')}`;
-    return planned.test(text) ? refuse(`is not available in this version: ${here}`) : refuse(`is not known: ${here}`);
-  };
-}
-
 /** Longest name of an interface: IFNAMSIZ of linux/if.h without the closing zero. */
 const LONGEST_INTERFACE = 15;
 
@@ -80,16 +71,19 @@ function interfaceGlob(text: string): string {
 /** Kinds of path in order; `auto` takes the order back. */
 function strategy(text: string): Strategy {
   const words = list(text.toLowerCase(), (word) => word);
-  const known = ['auto', 'nat', 'announced'];
-  const choose = 'use auto, nat, announced or several of them';
+  const known = ['auto', 'nat', 'vpn', 'announced'] as const;
+  const choose = 'use auto, nat, vpn, announced or several of them';
+  const kinds = new Set<Strategy['kinds'][number]>();
   for (const [index, word] of words.entries()) {
-    if (word === 'inband' || word === 'vpn') refuse(`has ${word}, which is not available in this version: ${choose}`);
-    if (!known.includes(word)) refuse(`has a kind that is not known: ${choose}`);
+    if (word === 'inband') refuse(`has inband, which is not available in this version: ${choose}`);
+    const found = known.find((one) => one === word) ?? refuse(`has a kind that is not known: ${choose}`);
     if (words.indexOf(word) !== index) refuse(`has ${word} twice`);
+    kinds.add(found === 'auto' ? 'nat' : found);
   }
-  const kinds = words.map((word) => (word === 'announced' ? 'announced' : 'nat'));
-  if (kinds.length === 0) refuse(`names no kind: ${choose}`);
-  return { kinds: [...new Set(kinds)], ordered: !words.includes('auto') };
+  if (kinds.size === 0) refuse(`names no kind: ${choose}`);
+  const auto = words.includes('auto');
+  const fallback = auto && !kinds.has('vpn');
+  return { kinds: [...kinds, ...(fallback ? (['vpn'] as const) : [])], ordered: !auto, fallback };
 }
 
 function providers(text: string): readonly ProviderName[] {
@@ -150,7 +144,9 @@ function portRange(text: string): PortRange | null {
 
 /** `1.2.3.4:5`, `[v6]:5`, `:5` (every address), `localhost:5`. */
 function listenAddress(text: string): Endpoint {
-  const spelled = text.startsWith(':') ? `[::]${text}` : text.replace(/^localhost:/i, '127.0.0.1:');
+  // In brackets whichever family it has: that is how Kubernetes can be told to fill it in, as [$(POD_IP)]:PORT.
+  const bare = text.replace(/^\[([\d.]+)\]/, '$1');
+  const spelled = bare.startsWith(':') ? `[::]${bare}` : bare.replace(/^localhost:/i, '127.0.0.1:');
   return parseEndpoint(spelled) ?? refuse('must be ADDRESS:PORT with a literal address, or :PORT for every address');
 }
 
@@ -172,6 +168,27 @@ function destination(item: string): DestinationRule {
   const ports = v6ports ?? cidrports ?? v4ports;
   if (ports === undefined) return { prefix, ports: [] };
   return { prefix, ports: [portRange(ports) ?? refuse(`has "${item}", whose ports are no PORT or FIRST-LAST`)] };
+}
+
+/** Networks for tunnels, by the room that they leave: at least one client beside the router, at most a /8 of the IPv4 Internet. */
+const VPN_LENGTHS = { 4: { least: 8, most: 30 }, 6: { least: 16, most: 126 } } as const;
+
+function vpnNetworks(text: string): { readonly v4: Prefix | null; readonly v6: Prefix | null } {
+  const found = list(text, (item) => {
+    const prefix = parsePrefix(item) ?? refuse(`has "${item}", which is no CIDR, or has bits beyond its length`);
+    const { least, most } = VPN_LENGTHS[prefix.address.family];
+    if (prefix.length < least || prefix.length > most)
+      refuse(`has "${item}", whose length is not from ${least} to ${most}`);
+    const closed = NEVER_OPEN.find((never) => contains(never, prefix.address) || contains(prefix, never.address));
+    return closed ? refuse(`has "${item}", which overlaps with ${formatPrefix(closed)}`) : prefix;
+  });
+  const of = (family: 4 | 6): Prefix | null => {
+    const all = found.filter(({ address }) => address.family === family);
+    if (all.length > 1) refuse(`has more than one IPv${family} network`);
+    return all[0] ?? null;
+  };
+  const networks = { v4: of(4), v6: of(6) };
+  return found.length === 0 ? refuse('names no network') : networks;
 }
 
 /** What no `DETOUR_ALLOW` can open; the same list as `NEVER` of router/policy.ts, which enforces it (a unit test compares). */
@@ -467,9 +484,9 @@ export const TABLE = {
     roles: ['client'],
     default: 'auto',
     doc:
-      'Kinds of path to use, in order: `nat` (leased from detours) and `announced` (to further addresses that the server itself announces, ' +
-      'ADD_ADDR of RFC 8684; see docs/path-selection.md). `auto` stands for `nat` and leaves the order to measurement: `auto,announced` has both. ' +
-      '`inband` and `vpn` are not available yet.',
+      'Kinds of path to use, in order: `nat` (leased from detours), `vpn` (through WireGuard tunnels to those that offer them; see docs/vpn.md) and `announced` (to further ' +
+      'addresses that the server itself announces, ADD_ADDR of RFC 8684; see docs/path-selection.md). `auto` stands for `nat`, falls back to `vpn` with detours whose leases ' +
+      'are of no use on this network, and leaves the order to measurement: `auto,vpn` has both from the start. `inband` is not available yet.',
     example: 'auto,announced',
     parse: strategy,
   }),
@@ -485,7 +502,7 @@ export const TABLE = {
     name: 'DETOUR_SYSCTL_ROOT',
     roles: ['client'],
     default: '/proc/sys',
-    doc: "Where the loader finds `net/mptcp`. In a container /proc/sys is read-only: bind-mount the host's, and name it here.",
+    doc: "Where the loader finds `net/mptcp`. In a container /proc/sys is read-only: bind-mount the host's (all of `net` to serve containers and pods), and name it here.",
     example: '/host/proc/sys',
     parse: absolutePath(4095),
   }),
@@ -550,28 +567,27 @@ export const TABLE = {
     name: 'DETOUR_VPN',
     roles: ['router'],
     default: 'off',
-    unavailable: true,
-    doc: '`wireguard` offers tunnels. Not available in this version.',
-    example: 'off',
-    parse: offYet,
+    doc: '`wireguard` also offers tunnels to clients: for networks where only UDP passes, and to hide destinations from them. Needs WireGuard in the kernel, or /dev/net/tun; see docs/vpn.md.',
+    example: 'wireguard',
+    parse: (text) => oneOf('off', 'wireguard')(text) === 'wireguard',
   }),
   vpnNetwork: variable({
     name: 'DETOUR_VPN_NETWORK',
     roles: ['router'],
     default: '10.215.0.0/16,fd0d:e70::/48',
-    unavailable: true,
-    doc: 'Networks of the tunnels. Not available in this version.',
+    doc:
+      'Addresses inside the tunnels, one IPv4 and/or one IPv6 network, whose first addresses are the router; no network of its own may overlap. ' +
+      'Clients whose own networks do get an IPv4 address of 198.19.0.0/16 instead.',
     example: '10.215.0.0/16,fd0d:e70::/48',
-    parse: onlyYet(['10.215.0.0/16,fd0d:e70::/48'], /./),
+    parse: vpnNetworks,
   }),
   vpnPort: variable({
     name: 'DETOUR_VPN_PORT',
     roles: ['router'],
     default: '51820',
-    unavailable: true,
-    doc: 'UDP port of the tunnels. Not available in this version.',
+    doc: 'UDP port of the tunnels. Open it in the firewall of the VPS.',
     example: '51820',
-    parse: onlyYet(['51820'], /./),
+    parse: (text) => port(text) ?? refuse('must be a port from 1 to 65535'),
   }),
   mode: variable({
     name: 'DETOUR_MODE',

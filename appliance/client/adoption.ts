@@ -10,6 +10,7 @@ import {
   type Event,
   enter,
   inUse,
+  isGone,
   keepId,
   NO_ENTRIES,
   NOTHING,
@@ -126,6 +127,11 @@ export function onDump(
       )
         continue;
       if (connection.stranded.some((tuple) => sameTuple(tuple, subflow))) continue;
+      if (!known && subflow.joined && isGone(state, subflow.local.address)) {
+        // Out of a predecessor's tunnel: it ends as soon as another one works.
+        connection.stranded.push({ local: subflow.local, remote: subflow.remote });
+        continue;
+      }
       if (subflow.localId !== 0) keepId(connection, subflow.local.address, subflow.localId);
       const path = admit(state, connection, subflow, now, out, true);
       if (!path) continue;

@@ -12,19 +12,31 @@ import { createDetours, type DetourAddress } from './detours.ts';
 import { chooseLinks } from './interfaces.ts';
 import { step } from './manager.ts';
 import type { ClientMetrics } from './metrics.ts';
-import { hex, type JsonObject, showConnections, showDetours, showExplanation, showRescues } from './report.ts';
+import { isTunnelName } from './numbering.ts';
+import {
+  hex,
+  type JsonObject,
+  showConnections,
+  showDetours,
+  showExplanation,
+  showRescues,
+  showTunnels,
+} from './report.ts';
 import { needsRedirections } from './rescue.ts';
 import { type RescuePorts, type Rescuer, startRescuer } from './rescuer.ts';
 import {
   type Command,
   type Event,
+  entranceOf,
   initial,
+  inUse,
   type JoinOutcome,
   type Link,
   type Note,
   type ServerSource,
   type State,
 } from './state.ts';
+import { createTunnels, sweepTunnels, type TunnelPorts, type Tunnels } from './tunnels.ts';
 
 /** Serves one network namespace: joins its kernel, the detours as they are reached from there, and the decisions. */
 export type AgentPorts = {
@@ -37,6 +49,8 @@ export type AgentPorts = {
   readonly openPathManager: (onEvent: (event: PathEvent) => void) => Promise<PathManager>;
   /** Opened with `rescue` alone. @throws NetlinkError */
   readonly openRescue: () => RescuePorts;
+  /** @throws NetlinkError */
+  readonly openTunnels: () => TunnelPorts;
 };
 
 export type AgentSettings = Pick<
@@ -66,8 +80,11 @@ export type Agent = {
   readiness(): Readiness;
   report(): Promise<AgentReport>;
   explain(address: Address, port: number | null): JsonObject;
-  /** Stops acting. Subflows that exist go on. */
-  stop(): Promise<void>;
+  /**
+   * Stops acting; subflows that exist go on. The path manager is put back by `restore`, while events are still listened to: with the
+   * userspace one selected and nobody listening, the kernel refuses incoming joins. @throws what `restore` throws
+   */
+  stop(restore: () => Promise<void>): Promise<void>;
 };
 
 export type AgentReport = {
@@ -75,6 +92,7 @@ export type AgentReport = {
   readonly connections: readonly JsonObject[];
   /** Null while rescue is off. */
   readonly rescues: readonly JsonObject[] | null;
+  readonly tunnels: readonly JsonObject[];
 };
 
 /** The kernel is read again now and then even when there is nothing to do, */
@@ -128,8 +146,10 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   /** What adds a wall-clock time to a monotonic one. */
   const wallAt = (at: number): string => new Date(clock.wall() - (clock.now() - at)).toISOString();
   const diag = ports.openDiag();
+  let network: Network | null = null;
   let pathManager: PathManager | null = null;
   let rescuer: Rescuer | null = null;
+  let tunnels: Tunnels | null = null;
   let stopped = false;
   let dumping = false;
   let dumpWanted = false;
@@ -196,6 +216,15 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
         break;
       case 'release-lease':
         detours.release(command.detour, command.server);
+        break;
+      case 'want-tunnel':
+        tunnels?.want(command.site);
+        break;
+      case 'doubt-tunnel':
+        tunnels?.doubt(command.site);
+        break;
+      case 'release-tunnel':
+        tunnels?.release(command.site);
         break;
       case 'dump':
         dump();
@@ -307,8 +336,10 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
 
   /** Looks at the host's addresses; unless `anyway`, nothing follows when they are what they were. */
   async function look(anyway: boolean): Promise<void> {
+    if (!network) return;
     try {
-      const addresses = await network.addresses();
+      // What is inside our own tunnels is no way out of this host.
+      const addresses = (await network.addresses()).filter(({ interface: name }) => !isTunnelName(name));
       const chosen = settings.interfaces && (await network.defaults());
       if (settings.interfaces && chosen) links = chooseLinks(settings.interfaces, addresses, chosen, links ?? []);
       const text = addresses.map(({ address, index }) => `${formatAddress(address)}%${index}`).join(' ');
@@ -337,26 +368,101 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   async function findSources(servers: readonly Address[]): Promise<void> {
     const found: ServerSource[] = [];
     for (const server of servers) {
-      const route = await network.route(server).catch(() => null);
+      const route = await network?.route(server).catch(() => null);
       found.push({ server, local: route?.source ?? null });
     }
     handle({ kind: 'sources-found', sources: found });
   }
 
+  /** Takes away what a predecessor left of its tunnels, and readies ours, if there are to be any. */
+  async function startTunnels(route: Network['route']): Promise<Tunnels | null> {
+    const opened = ports.openTunnels();
+    try {
+      handle({ kind: 'addresses-gone', addresses: await sweepTunnels(opened) });
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error);
+      log.warn(
+        'tunnels-left',
+        { reason },
+        'Tunnels of an earlier agent could not be taken away; `detour cleanup client` tries again',
+      );
+    }
+    if (!strategy.kinds.includes('vpn')) {
+      opened.wireguard.close();
+      opened.links.close();
+      return null;
+    }
+    return createTunnels({
+      keys,
+      clock,
+      datagrams: ports.datagrams,
+      log,
+      ports: opened,
+      route,
+      entrance(site) {
+        const detour = entranceOf(state, site);
+        return detour ? { detour: detour.key, endpoint: detour.endpoint } : null;
+      },
+      ask: (detour, question, quick) => detours.tunnel(detour, question, quick),
+      inUse: (site) =>
+        [...state.connections.values()].some(({ paths }) =>
+          paths.some((path) => path.kind === 'vpn' && state.tunnels.get(path.detour ?? '')?.site === site),
+        ),
+      onEvent: handle,
+    });
+  }
+
+  /** What runs through tunnels ends before they do, as long as servers can be told. */
+  async function endTunnelled(): Promise<void> {
+    const endings: Promise<unknown>[] = [];
+    for (const { token, paths } of state.connections.values()) {
+      for (const path of paths) {
+        const { kind, local, remote } = path;
+        if (kind !== 'vpn' || !inUse(path) || !local || !remote) continue;
+        endings.push(pathManager?.subflowDestroy(token, { local, remote }) ?? Promise.resolve());
+        endings.push(diag.abort({ local, remote }));
+      }
+    }
+    await Promise.allSettled(endings);
+  }
+
+  const keys = deriveKeys(settings.key.id, settings.key.secret);
   const detours = createDetours({
     bound: settings.interfaces !== null,
-    keys: deriveKeys(settings.key.id, settings.key.secret),
+    keys,
     clock,
     datagrams: ports.datagrams,
     log,
     onEvent: handle,
     onExchange: (type, result) => metrics.exchanges.inc({ type, result }),
   });
-  pathManager = await ports.openPathManager(onKernelEvent);
-  const network = ports.openNetwork(onNews);
-  if (rescue) {
-    const { fwmark } = settings;
-    rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
+  /** Its sockets would otherwise keep the namespace, after everybody has left it. */
+  async function stop(restore: () => Promise<void>): Promise<void> {
+    stopped = true;
+    try {
+      await endTunnelled();
+      await tunnels?.stop();
+      detours.stop();
+      await restore();
+    } finally {
+      network?.close();
+      pathManager?.close();
+      await rescuer?.stop(needsRedirections(state));
+      diag.close();
+    }
+  }
+
+  try {
+    pathManager = await ports.openPathManager(onKernelEvent);
+    network = ports.openNetwork(onNews);
+    if (rescue) {
+      const { fwmark } = settings;
+      rescuer = await startRescuer({ clock, diag, log, ports: ports.openRescue(), fwmark, onEvent: handle, nameOf });
+    }
+    tunnels = await startTunnels(network.route);
+  } catch (error) {
+    await stop(async () => undefined);
+    throw error;
   }
   // What is adopted is told apart by the addresses of this host.
   void look(true).then(dump);
@@ -386,17 +492,11 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
         detours: showDetours(state, (detour) => detours.observed(detour)),
         connections: showConnections(state, kernel, time(), wallAt),
         rescues: state.rescue && showRescues(state, state.rescue, wallAt),
+        tunnels: showTunnels(state, (site) => tunnels?.show(site) ?? null),
       };
     },
     explain: (address, port) => showExplanation(state, address, port, time(), wallAt),
-    async stop() {
-      stopped = true;
-      detours.stop();
-      network.close();
-      pathManager?.close();
-      await rescuer?.stop(needsRedirections(state));
-      diag.close();
-    },
+    stop,
   };
 }
 

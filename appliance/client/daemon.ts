@@ -6,9 +6,10 @@ import { type Agent, type AgentPorts, LIVELY_MS, startAgent } from './agent.ts';
 import type { DetourAddress } from './detours.ts';
 import { createMetrics, type WorkloadState } from './metrics.ts';
 import { type MptcpifyPorts, type ServedNet, startMptcpify } from './mptcpify.ts';
+import type { OnWorkloads, Provider } from './provider.ts';
 import type { JsonObject } from './report.ts';
 import { type SourcePorts, type SourceStatus, type Sources, watchSources } from './sources.ts';
-import { sameService, sameWishes, type Workload } from './workloads.ts';
+import { NO_WISHES, sameService, type Wishes, type Workload } from './workloads.ts';
 
 /** All namespaces that are served: this one, those of containers and pods, each by an agent; and the detours they share. */
 
@@ -18,27 +19,12 @@ export type Place = {
   readonly id: string;
   readonly ports: AgentPorts;
   readonly net: ServedNet;
-  /** Makes the kernel ready for the sides that are served. Idempotent. @throws Fatal naming what is missing */
+  /** Makes the kernel ready for the sides that are served. Idempotent. @throws Fatal naming what is missing; nothing has changed then */
   load(): Promise<void>;
   /** Puts back what was there. @throws Fatal */
   unload(): Promise<void>;
   /** Lets go of it, after its agent stopped. */
   close(): void;
-};
-
-/** Tells which workloads there are. */
-export type Provider = {
-  status(): ProviderStatus;
-  stop(): void;
-};
-
-export type ProviderStatus = {
-  readonly provider: string;
-  readonly state: 'starting' | 'ok' | 'failing';
-  /** How many workloads it sees that asked to be served. */
-  readonly workloads: number;
-  /** What is wrong; null when nothing is. While it fails, what it said last still counts. */
-  readonly why: string | null;
 };
 
 export type DaemonPorts = SourcePorts & {
@@ -50,8 +36,8 @@ export type DaemonPorts = SourcePorts & {
    * @throws Error whose message says what is missing
    */
   readonly openPlace: (path: string | null, workload: string | null) => Promise<Place>;
-  /** Starts watching; `onChange` is told all workloads there are, whenever that changes. */
-  readonly providers: readonly ((onChange: (workloads: readonly Workload[]) => void) => Provider)[];
+  /** Each starts watching. */
+  readonly providers: readonly ((onChange: OnWorkloads) => Provider)[];
   readonly mptcpify: Pick<MptcpifyPorts, 'groups' | 'openSwitches' | 'isPinned'>;
   readonly version: string;
 };
@@ -70,26 +56,34 @@ const SLEPT_MS = 5_000;
 const RETRY_FIRST_MS = 200;
 const RETRY_LONGEST_MS = 60_000;
 
-/** A namespace with its agent, and who is in it. The first of them says how it is served. */
-type Served = {
+/** A namespace with everybody in it who asked to be served. The first of them says how that is done. */
+type Room = {
   readonly place: Place;
   readonly users: Set<Entry>;
+  /** Its kernel was made ready by us, which has to be put back. */
+  loaded: boolean;
+  /** It is served. */
   up: boolean;
   /** Null until it is up, and without the client's side: then the kernel does it all. */
   agent: Agent | null;
-  /** Settles when it is served, or failed to be. */
-  ready: Promise<void>;
+  /** As which it is served. */
+  wishes: Wishes;
+  /** Settles when everything is done that was to be done here so far: one after the other, for it is one kernel object. */
+  arranged: Promise<void>;
 };
 
 /** One workload, on its way in, served, or not. */
 type Entry = {
   workload: Workload;
   readonly since: number;
-  served: Served | null;
-  /** It has no network of its own but this host's. */
+  room: Room | null;
+  /** It has no network of its own but the one that this process is in. */
   onHost: boolean;
+  state: WorkloadState;
   /** Why it is not served, or not as it wishes; null when nothing is wrong. */
   why: string | null;
+  /** What of that is in the log. */
+  said: string | null;
   failures: number;
   /** It left meanwhile. */
   gone: boolean;
@@ -100,10 +94,13 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
   const { clock, log, openPlace, ownId } = ports;
   /** What adds a wall-clock time to a monotonic one. */
   const wallAt = (at: number): string => new Date(clock.wall() - (clock.now() - at)).toISOString();
-  const served = new Map<string, Served>();
+  /** By the id of the namespace. */
+  const rooms = new Map<string, Room>();
+  /** By the key of the workload. */
   const entries = new Map<string, Entry>();
   const announced = new Map<number, readonly Workload[]>();
   let addresses: readonly DetourAddress[] = [];
+  /** This process's own namespace, when it is served. */
   let home: Place | null = null;
   const mptcpify = startMptcpify(settings.mptcpify, { ...ports.mptcpify, clock, log });
   let own: Agent | null = null;
@@ -114,20 +111,20 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
 
   function* agents(): Generator<Agent> {
     if (own) yield own;
-    for (const { agent } of served.values()) if (agent) yield agent;
+    for (const { agent } of rooms.values()) if (agent) yield agent;
   }
 
   const sourceStatus = (): readonly SourceStatus[] => sources?.status() ?? [];
   const metrics = createMetrics({
     states: () => [...agents()].map(({ state }) => state),
     sources: sourceStatus,
-    workloads: () => [...entries.values()].map(stateOf),
+    workloads: () => [...entries.values()].map(({ state }) => state),
     mptcpify: mptcpify.status,
   });
 
   /** Tells whose sockets may become Multipath TCP now. */
   function choose(): void {
-    const places = [home, ...[...served.values()].map(({ up, place }) => (up ? place : null))];
+    const places = [home, ...[...rooms.values()].map(({ up, place }) => (up ? place : null))];
     mptcpify.update(
       places.flatMap((place) => place?.net ?? []),
       [...entries.values()].map(({ workload: { key, name, groups, wishes } }) => ({
@@ -139,27 +136,22 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     );
   }
 
-  const becomesMptcp = ({ served: one, onHost, workload }: Entry): boolean =>
-    (onHost ? home !== null : one?.up === true) && mptcpify.includes(workload.key);
+  const becomesMptcp = ({ room, onHost, workload }: Entry): boolean =>
+    (onHost ? home !== null : room?.up === true) && mptcpify.includes(workload.key);
 
-  async function begin(place: Place, wishes: Partial<ClientSettings>): Promise<Agent | null> {
+  /** Null without the client's side. */
+  async function begin(place: Place, { targets, strategy }: Wishes): Promise<Agent | null> {
     const { key } = settings;
-    try {
-      await place.load();
-      if (key === null) return null;
-      const agent = await startAgent({
-        settings: { ...settings, ...wishes, key },
-        ports: place.ports,
-        metrics,
-        onMoved: () => sources?.retry(),
-      });
-      agent.set(addresses);
-      return agent;
-    } catch (error) {
-      // What went wrong first is what the user has to mend; a failure of this may well have the same cause.
-      await place.unload().catch(() => undefined);
-      throw error;
-    }
+    if (key === null) return null;
+    const agent = await startAgent({
+      settings: { ...settings, ...(targets && { targets }), ...(strategy && { strategy }), key },
+      ports: place.ports,
+      metrics,
+      onMoved: () => sources?.retry(),
+    });
+    // The list may have changed while it started.
+    agent.set(addresses);
+    return agent;
   }
 
   /** Takes a workload in. */
@@ -172,67 +164,131 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       refuse(entry, `its network namespace cannot be entered: ${messageOf(error)}`);
       return;
     }
-    if (entry.gone || stopped) {
-      place.close();
+    const known = rooms.get(place.id);
+    const onHost = place.id === ownId;
+    if (entry.gone || stopped || known || onHost) place.close();
+    if (entry.gone || stopped) return;
+    if (onHost) {
+      entry.onHost = true;
+      entry.state = home ? 'served' : 'failed';
+      object(
+        entry,
+        home
+          ? "it uses the agent's own network, which is served as such"
+          : "it uses the agent's own network: add host to DETOUR_PROVIDERS to serve that",
+      );
       return;
     }
-    const present = served.get(place.id);
-    if (present || place.id === ownId) {
-      place.close();
-      if (!present) {
-        entry.onHost = true;
-        entry.why = home
-          ? "it uses this host's network, which is served as such"
-          : "it uses this host's network: add host to DETOUR_PROVIDERS to serve that";
-        log.warn('workload-on-host', { workload: workload.name }, `A workload is not served by itself: ${entry.why}`);
-        return;
-      }
-      entry.served = present;
-      present.users.add(entry);
-      const [first] = present.users;
-      if (first && !sameService(first.workload.wishes, workload.wishes)) {
-        entry.why = `it shares its network with ${first.workload.name}, whose settings count`;
-        log.warn(
-          'workload-shares',
-          { workload: workload.name },
-          `Two workloads ask for different things: ${entry.why}`,
-        );
-      }
+    const room: Room = known ?? {
+      place,
+      users: new Set(),
+      loaded: false,
+      up: false,
+      agent: null,
+      wishes: NO_WISHES,
+      arranged: Promise.resolve(),
+    };
+    rooms.set(place.id, room);
+    entry.room = room;
+    room.users.add(entry);
+    arrange(room);
+  }
+
+  /** Lets a workload go; its namespace with the last one in it. */
+  function leave(entry: Entry): void {
+    const { room, workload } = entry;
+    entry.gone = true;
+    if (!room) return;
+    room.users.delete(entry);
+    if (entry.state === 'served') log.info('workload-left', { workload: workload.name }, 'Stopped serving a workload');
+    arrange(room);
+  }
+
+  /** Has a namespace served as those in it want, or left as it was found, after all that was begun there before. */
+  function arrange(room: Room): void {
+    room.arranged = room.arranged.then(() => settle(room));
+  }
+
+  async function settle(room: Room): Promise<void> {
+    const [first] = room.users;
+    if (!first || stopped) {
+      await vacate(room);
       return;
     }
-    const one: Served = { place, users: new Set([entry]), up: false, agent: null, ready: Promise.resolve() };
-    served.set(place.id, one);
-    entry.served = one;
-    const { targets, strategy } = workload.wishes;
-    one.ready = begin(place, { ...(targets && { targets }), ...(strategy && { strategy }) }).then(
-      (agent) => {
-        one.up = true;
-        one.agent = agent;
-        // The list may have changed while it started.
-        agent?.set(addresses);
+    const { wishes } = first.workload;
+    if (!room.up || !sameService(wishes, room.wishes)) {
+      const before = room.agent;
+      room.agent = null;
+      room.wishes = wishes;
+      await before?.stop(async () => undefined);
+      try {
+        if (!room.loaded) await room.place.load();
+        room.loaded = true;
+        room.agent = await begin(room.place, wishes);
+        room.up = true;
         choose();
-        log.info('workload-served', { workload: workload.name }, 'Serving the connections of a workload');
-      },
-      (error: unknown) => {
-        if (served.get(place.id) === one) served.delete(place.id);
-        place.close();
-        for (const user of one.users) {
-          user.served = null;
+      } catch (error) {
+        const users = [...room.users];
+        room.users.clear();
+        for (const user of users) {
+          user.room = null;
           refuse(user, messageOf(error));
         }
-      },
-    );
-    await one.ready;
+        await vacate(room);
+        return;
+      }
+    }
+    for (const user of room.users) {
+      if (user.state !== 'served')
+        log.info('workload-served', { workload: user.workload.name }, 'Serving the connections of a workload');
+      user.state = 'served';
+      user.failures = 0;
+      const alike = sameService(user.workload.wishes, wishes);
+      object(user, alike ? null : `it shares its network with ${first.workload.name}, whose settings count`);
+    }
+  }
+
+  /** Leaves a namespace as it was found. */
+  async function vacate(room: Room): Promise<void> {
+    if (rooms.get(room.place.id) !== room) return;
+    const { agent, loaded } = room;
+    room.agent = null;
+    room.loaded = false;
+    room.up = false;
+    // First: what became Multipath TCP now would not get the path manager that it was meant for.
+    choose();
+    const restore = async (): Promise<void> => {
+      if (!loaded) return;
+      await room.place.unload().catch((error: unknown) => {
+        log.warn('workload-not-restored', { reason: messageOf(error) }, 'A network namespace could not be put back');
+      });
+    };
+    await (agent ? agent.stop(restore) : restore());
+    // Somebody may have come in meanwhile: then this is not the end.
+    if (room.users.size > 0 && !stopped) return;
+    rooms.delete(room.place.id);
+    room.place.close();
+  }
+
+  /** Notes what is wrong with a workload, and says so once. */
+  function object(entry: Entry, why: string | null): void {
+    entry.why = why;
+    if (why === entry.said) return;
+    entry.said = why;
+    if (why === null) return;
+    const fields = { workload: entry.workload.name, why };
+    if (entry.state === 'failed') log.warn('workload-not-served', fields, 'A workload cannot be served');
+    else log.warn('workload-not-as-asked', fields, 'A workload is served, but not as it asks');
   }
 
   /** Notes why a workload is not served, and tries again after a while: it may be in the making, or nearly gone. */
   function refuse(entry: Entry, why: string): void {
     if (entry.gone || stopped) return;
-    const known = entry.why === why;
-    entry.why = why;
+    entry.state = 'failed';
     entry.failures++;
-    if (!known && entry.failures > 1)
-      log.warn('workload-not-served', { workload: entry.workload.name, why }, 'A workload cannot be served');
+    // The first time it may well be one or the other, and nothing that anybody could mend.
+    if (entry.failures === 1) entry.why = why;
+    else object(entry, why);
     const wait = Math.min(RETRY_FIRST_MS * 2 ** Math.min(entry.failures - 1, 10), RETRY_LONGEST_MS);
     clock.after(wait, () => {
       if (!entry.gone && !stopped) void enter(entry);
@@ -251,73 +307,50 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     throw first;
   }
 
-  /** Lets a workload go; its namespace with the last one in it. */
-  async function leave(entry: Entry): Promise<void> {
-    const { served: one, workload } = entry;
-    entry.gone = true;
-    if (!one) return;
-    const [first] = one.users;
-    one.users.delete(entry);
-    const [next] = one.users;
-    if (next && (first !== entry || sameService(next.workload.wishes, workload.wishes))) return;
-    served.delete(one.place.id);
-    choose();
-    await end(one);
-    log.info('workload-left', { workload: workload.name }, 'Stopped serving a workload');
-    // Those who stay are served as they wish from now on.
-    for (const user of one.users) {
-      user.served = null;
-      user.why = null;
-      await enter(user);
-    }
-  }
-
-  async function end(one: Served): Promise<void> {
-    await one.ready;
-    // The path manager first: with the userspace one selected and nobody listening, incoming joins are refused there.
-    await one.place.unload().catch((error: unknown) => {
-      log.debug('workload-not-restored', { reason: messageOf(error) }, 'A namespace that is left cannot be restored');
-    });
-    await one.agent?.stop();
-    one.place.close();
-  }
-
   function onWorkloads(provider: number, workloads: readonly Workload[]): void {
     if (stopped) return;
     announced.set(provider, workloads);
     const wanted = new Map([...announced.values()].flat().map((workload) => [workload.key, workload]));
-    const leaving: Promise<void>[] = [];
     for (const [key, entry] of entries) {
       const workload = wanted.get(key);
-      if (workload && sameWishes(workload.wishes, entry.workload.wishes)) {
-        // A pod may have other containers now.
-        entry.workload = workload;
-        wanted.delete(key);
+      if (!workload) {
+        entries.delete(key);
+        leave(entry);
         continue;
       }
-      entries.delete(key);
-      leaving.push(leave(entry));
+      const changed = !sameService(workload.wishes, entry.workload.wishes);
+      entry.workload = workload;
+      if (changed && entry.room) arrange(entry.room);
     }
     for (const workload of wanted.values()) {
+      if (entries.has(workload.key)) continue;
       const entry: Entry = {
         workload,
         since: clock.now(),
-        served: null,
+        room: null,
         onHost: false,
+        state: 'starting',
         why: null,
+        said: null,
         failures: 0,
         gone: false,
       };
       entries.set(workload.key, entry);
-      // One that changed its wishes is let go of first.
-      void Promise.all(leaving).then(() => (entry.gone ? undefined : enter(entry)));
+      void enter(entry);
     }
     choose();
   }
 
   if (settings.providers.includes('host')) {
     const place = await openPlace(null, null);
-    own = await begin(place, {});
+    await place.load();
+    try {
+      own = await begin(place, NO_WISHES);
+    } catch (error) {
+      // What went wrong first is what the user has to mend; a failure of this may well have the same cause.
+      await place.unload().catch(() => undefined);
+      throw error;
+    }
     home = place;
     choose();
   }
@@ -369,7 +402,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
   /** Every agent with the name of its workload, null for this host's own. */
   function* named(): Generator<readonly [Agent, string | null]> {
     if (own) yield [own, null];
-    for (const { agent, users } of served.values()) {
+    for (const { agent, users } of rooms.values()) {
       if (agent) yield [agent, [...users].map(({ workload }) => workload.name).join(', ')];
     }
   }
@@ -403,19 +436,21 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
                 providers: providers.map((provider): Json => ({ ...provider.status() })),
                 workloads: [...entries.values()].map((entry) => ({
                   name: entry.workload.name,
-                  state: stateOf(entry),
+                  state: entry.state,
                   since: wallAt(entry.since),
                   ...(settings.mptcpify === 'off' ? {} : { mptcp: becomesMptcp(entry) }),
                   why: entry.why,
                 })),
               }),
           ...(settings.rescue ? { rescues: all(({ rescues }) => rescues ?? []) } : {}),
+          ...(reports.some(({ tunnels }) => tunnels.length > 0) ? { tunnels: all(({ tunnels }) => tunnels) } : {}),
           connections: all(({ connections }) => connections),
         };
       },
       async explain(address, port) {
         const all = [...named()].flatMap(([agent, workload]) => marked([agent.explain(address, port)], workload));
-        return all.length === 1 && all[0] ? all[0] : all;
+        // One answer for each namespace, where there may be several.
+        return alone && all[0] ? all[0] : all;
       },
     },
     async stop() {
@@ -424,21 +459,19 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       for (const provider of providers) provider.stop();
       sources?.stop();
       // Every namespace is put back, whatever becomes of the others.
-      const ends = [...served.values()].map(end);
+      const all = [...rooms.values()];
+      for (const room of all) arrange(room);
+      const ends = all.map(({ arranged }) => arranged);
+      const { place, agent } = { place: home, agent: own };
       try {
-        // The path manager first: with the userspace one selected and nobody listening, this host refuses joins.
-        await home?.unload();
+        await (agent ? agent.stop(async () => place?.unload()) : place?.unload());
       } finally {
-        await own?.stop();
-        home?.close();
+        place?.close();
         await Promise.all(ends);
       }
     },
   };
 }
-
-const stateOf = ({ served, why }: Entry): WorkloadState =>
-  served?.up ? 'served' : why === null || served ? 'starting' : 'failed';
 
 /** Repeats a task until it returns false. */
 function every(clock: Clock, ms: number, task: () => boolean): void {

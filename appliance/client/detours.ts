@@ -4,9 +4,10 @@ import type { Log } from '../log.ts';
 import { type Address, type Endpoint, formatAddress, formatEndpoint, sameAddress } from '../protocol/address.ts';
 import {
   COOKIE_BYTES,
-  decodeResponse,
+  decodeAnswer,
   defaultRetryAfter,
   encodeRequest,
+  FLAG_PEER,
   type Keys,
   MESSAGE_BYTES,
   PROTOCOL_TCP,
@@ -15,6 +16,8 @@ import {
   type Request,
   type Response,
   resultName,
+  type TunnelGrant,
+  type TunnelResponse,
   TYPE,
   VERSION,
 } from '../protocol/control.ts';
@@ -46,6 +49,18 @@ export type DetourAddress = {
 /** One address of a detour over one interface, or over whichever routing says. */
 type Way = DetourAddress & { readonly via: string | null };
 
+/** What a detour is asked about its tunnels; see docs/protocol.md. */
+export type TunnelQuestion =
+  | { readonly kind: 'router' }
+  | { readonly kind: 'client'; readonly publicKey: Uint8Array; readonly choice: number }
+  | { readonly kind: 'release'; readonly publicKey: Uint8Array };
+
+export type TunnelOutcome =
+  /** Null for a release. */
+  | { readonly kind: 'granted'; readonly grant: TunnelGrant | null; readonly expiresAt: number }
+  | { readonly kind: 'refused'; readonly why: string; readonly retryAt: number }
+  | { readonly kind: 'unanswered' };
+
 /** How an exchange with a detour ended: a result's name, or `timeout`. */
 export type ExchangeOutcome = string;
 
@@ -60,6 +75,8 @@ export type Detours = {
   doubt(detour: string, server: Endpoint): void;
   /** Gives it back. */
   release(detour: string, server: Endpoint): void;
+  /** Asks about its tunnels. `quick` gives up after one try. */
+  tunnel(detour: string, question: TunnelQuestion, quick?: boolean): Promise<TunnelOutcome>;
   /** Asks all of them at once, by the way that the kernel would take now: the network changed. */
   retry(): void;
   /** How the detours see this host: one address per detour that has answered. */
@@ -99,6 +116,8 @@ const REMEASURE_MS = 1_000;
 /** docs/protocol.md, Lifetimes. */
 const LIFETIME_S = 600;
 const LONGEST_LIFETIME_S = 3_600;
+/** No router grants less; one that says so must not make us ask all the time. */
+const LEAST_LIFETIME_S = 60;
 const RENEW_GAP_MS = 4_000;
 /** After an epoch change, so that a router that lost its leases is not asked for all of them at once. */
 const RELEASE_SPREAD_MS = 2_000;
@@ -130,7 +149,10 @@ type Lease = {
   timer: Cancel | null;
 };
 
-type Outcome = { readonly response: Response; readonly sentAt: number } | 'timeout' | 'closed';
+type Answer = Response | TunnelResponse;
+type Outcome = { readonly response: Answer; readonly sentAt: number } | 'timeout' | 'closed';
+
+const UNANSWERED: TunnelOutcome = { kind: 'unanswered' };
 
 type Exchange = {
   readonly message: Omit<Request, 'session' | 'sequence' | 'cookie' | 'keyId'>;
@@ -202,6 +224,7 @@ export function createDetours(options: DetoursOptions): Detours {
     want: (detour, server) => sessions.get(detour)?.want(server),
     doubt: (detour, server) => sessions.get(detour)?.doubt(server),
     release: (detour, server) => sessions.get(detour)?.release(server),
+    tunnel: async (detour, question, quick) => (await sessions.get(detour)?.tunnel(question, quick)) ?? UNANSWERED,
     retry() {
       for (const session of sessions.values()) session.retry();
     },
@@ -225,6 +248,7 @@ type Session = {
   want(server: Endpoint): void;
   doubt(server: Endpoint): void;
   release(server: Endpoint): void;
+  tunnel(question: TunnelQuestion, quick?: boolean): Promise<TunnelOutcome>;
   /** Asks at once, from the address that the kernel's routing chooses now. */
   retry(): void;
   observed(): Address | null;
@@ -242,7 +266,7 @@ function openSession(
   const leases = new Map<string, Lease>();
   const outstanding = new Map<
     bigint,
-    { bytes: Uint8Array; receive: (response: Response) => void; repeat: (() => void) | null }
+    { bytes: Uint8Array; receive: (response: Answer) => void; repeat: (() => void) | null }
   >();
   const waiting: Exchange[] = [];
   const label = (text: string): string => (via === null ? text : `${text} over ${via}`);
@@ -253,6 +277,8 @@ function openSession(
   let epoch: bigint | null = null;
   let epochSeenAt = Number.NEGATIVE_INFINITY;
   let observed: Address | null = null;
+  /** See `tunnelMark`. */
+  let mark = 0;
   /** From where it was last asked with success. */
   let answeredFrom: Address | null = null;
   /** Probes begun: one that a later one has overtaken says nothing any more. */
@@ -294,7 +320,7 @@ function openSession(
     const asked = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength).getBigUint64(16);
     const pending = outstanding.get(asked);
     // Not an answer to anything we asked, or not by who knows the key: silence.
-    const response = pending && decodeResponse(bytes, keys, pending.bytes);
+    const response = pending && decodeAnswer(bytes, keys, pending.bytes);
     if (!response) return;
     outstanding.delete(asked);
     pending.receive(response);
@@ -382,7 +408,8 @@ function openSession(
         // Karn: an answer to a question asked twice does not say how long it took.
         if (tries === 1) measure(clock.now() - sentAt);
         else rttBound = clock.now() - startedAt;
-        cookie = response.cookie;
+        if ('cookie' in response) cookie = response.cookie;
+        else if (response.tunnel.kind === 'client') cookie = response.tunnel.cookie;
         if (response.result !== RESULT.CHALLENGE || exchange.challenges >= CHALLENGES) {
           finish({ response, sentAt: startedAt });
           return;
@@ -405,25 +432,30 @@ function openSession(
     }
   }
 
+  type Manner = {
+    /** Before those that wait already, and however many they are. */
+    readonly urgent?: boolean;
+    readonly tries?: number;
+    readonly steady?: boolean;
+  };
+
   function ask(
     type: number,
-    server: Endpoint | null,
-    suggestedPort: number,
-    urgent = false,
-    tries = TRIES,
-    steady = false,
+    what: Partial<Exchange['message']>,
+    { urgent = false, tries = TRIES, steady = false }: Manner = {},
   ): Promise<Outcome> {
     return new Promise((resolve) => {
       const exchange: Exchange = {
         message: {
           type,
           flags: 0,
-          lifetime: type === TYPE.LEASE ? LIFETIME_S : 0,
+          lifetime: 0,
           vmin: VERSION,
           vmax: VERSION,
-          destination: server,
-          suggestedPort,
-          protocol: server ? PROTOCOL_TCP : 0,
+          destination: null,
+          suggestedPort: 0,
+          protocol: 0,
+          ...what,
         },
         challenges: 0,
         tries,
@@ -446,30 +478,38 @@ function openSession(
     });
   }
 
+  /** What a question about a server's lease holds. */
+  const about = (destination: Endpoint): Partial<Exchange['message']> => ({ destination, protocol: PROTOCOL_TCP });
+
   function measure(rtt: number): void {
     // RFC 6298 2.3, alpha 1/8.
     srtt = srtt === null ? rtt : srtt + (rtt - srtt) / 8;
   }
 
   /** What every authentic answer tells, whatever it answers. */
-  function learn(response: Response): void {
+  function learn(response: Answer): void {
     const first = epoch === null;
     const changed = epoch !== null && epoch !== response.epoch;
-    const moved = observed !== null && !sameAddress(observed, response.observed.address);
-    if (moved) {
+    const seen = 'observed' in response ? response.observed.address : observed;
+    const moved = observed !== null && seen !== null && !sameAddress(observed, seen);
+    if (moved && seen) {
       log.info(
         'observed-address',
-        { detour: name, observed: formatAddress(response.observed.address) },
+        { detour: name, observed: formatAddress(seen) },
         `Detour ${name} sees this host at another address: asking for all leases again`,
       );
     }
-    observed = response.observed.address;
+    observed = seen;
+    const marked = 'flags' in response && response.flags !== mark;
+    if ('flags' in response) mark = response.flags;
     if (changed && clock.now() - epochSeenAt < EPOCH_GAP_MS) return;
     if (first || changed) epochSeenAt = clock.now();
     epoch = response.epoch;
     if (changed)
       log.info('detour-epoch', { detour: name }, `Detour ${name} lost its leases: asking for all of them again`);
     if (changed || moved) askAllAgain();
+    // Who has a tunnel there should know at once; the first answer is told in any case.
+    if (marked && up) announceUp();
   }
 
   function announceUp(): void {
@@ -485,7 +525,9 @@ function openSession(
     up = true;
     breaker = 0;
     downAt = null;
-    onEvent({ kind: 'detour-up', detour: key, rttMs: srtt ?? rttBound, epoch, local: socket.local().address });
+    const { address: local } = socket.local();
+    const offered = mark === 0 ? {} : { tunnels: mark };
+    onEvent({ kind: 'detour-up', detour: key, rttMs: srtt ?? rttBound, epoch, local, ...offered });
     if (!recovered) return;
     for (const lease of leases.values()) if (lease.unanswered || lease.expiresAt <= clock.now()) void obtain(lease);
   }
@@ -529,7 +571,11 @@ function openSession(
     }
     const from = socket.local().address;
     const moved = answeredFrom !== null && !sameAddress(answeredFrom, from);
-    const outcome = await ask(up && !moved ? TYPE.PING : TYPE.HELLO, null, 0, true, isBrisk() ? 1 : TRIES);
+    const outcome = await ask(
+      up && !moved ? TYPE.PING : TYPE.HELLO,
+      {},
+      { urgent: true, tries: isBrisk() ? 1 : TRIES },
+    );
     if (closed || mine !== probes || outcome === 'closed') return;
     if (outcome === 'timeout') {
       goDown('no answer; is it running, is its UDP port open, is the key right?');
@@ -572,7 +618,11 @@ function openSession(
     if (steady) scouting = true;
     lease.timer?.();
     lease.timer = null;
-    const outcome = await ask(TYPE.LEASE, lease.server, lease.port, steady, steady ? STEADY_TRIES : TRIES, steady);
+    const outcome = await ask(
+      TYPE.LEASE,
+      { ...about(lease.server), suggestedPort: lease.port, lifetime: LIFETIME_S },
+      { urgent: steady, tries: steady ? STEADY_TRIES : TRIES, steady },
+    );
     lease.asking = false;
     if (steady) scouting = false;
     lease.unanswered = outcome === 'timeout';
@@ -591,9 +641,10 @@ function openSession(
     }
     const { response, sentAt } = outcome;
     learn(response);
-    if (response.result === RESULT.OK && response.port > 0 && response.lifetime > 0) {
+    const port = 'port' in response ? response.port : 0;
+    if (response.result === RESULT.OK && port > 0 && response.lifetime > 0) {
       const lifetime = Math.min(response.lifetime, LONGEST_LIFETIME_S) * 1000;
-      lease.port = response.port;
+      lease.port = port;
       lease.expiresAt = sentAt + lifetime;
       planRenewal(lease, sentAt, lifetime, 0);
       if (!up) {
@@ -652,7 +703,27 @@ function openSession(
   }
 
   async function giveBack(server: Endpoint): Promise<void> {
-    if (up) await ask(TYPE.RELEASE, server, 0);
+    if (up) await ask(TYPE.RELEASE, about(server));
+  }
+
+  async function tunnel(question: TunnelQuestion, quick = false): Promise<TunnelOutcome> {
+    const { kind } = question;
+    const peer =
+      kind === 'router' ? null : { publicKey: question.publicKey, choice: kind === 'client' ? question.choice : 0 };
+    const outcome = await ask(
+      kind === 'release' ? TYPE.RELEASE : TYPE.TUNNEL,
+      { ...(peer ? { flags: FLAG_PEER, peer } : {}), lifetime: kind === 'client' ? LIFETIME_S : 0 },
+      { urgent: true, tries: quick ? 1 : TRIES },
+    );
+    if (typeof outcome === 'string' || closed) return UNANSWERED;
+    const { response, sentAt } = outcome;
+    learn(response);
+    if (response.result !== RESULT.OK)
+      return { kind: 'refused', why: resultName(response.result), retryAt: clock.now() + retryAfter(response) };
+    const grant = 'tunnel' in response ? response.tunnel : null;
+    if (kind !== 'release' && grant?.kind !== kind) return UNANSWERED;
+    const lifetime = Math.min(Math.max(response.lifetime, LEAST_LIFETIME_S), LONGEST_LIFETIME_S);
+    return { kind: 'granted', grant, expiresAt: sentAt + lifetime * 1000 };
   }
 
   function want(server: Endpoint): void {
@@ -672,6 +743,7 @@ function openSession(
       name = label(to);
     },
     want,
+    tunnel,
     doubt(server) {
       const lease = leases.get(formatEndpoint(server));
       if (lease) void obtain(lease, true);
@@ -703,7 +775,7 @@ function openSession(
   };
 }
 
-function retryAfter(response: Response): number {
+function retryAfter(response: Answer): number {
   const said = response.lifetime || defaultRetryAfter(response.result as Refusal);
   return Math.min(Math.max(said, RETRY_AFTER_S.least), RETRY_AFTER_S.most) * 1000;
 }

@@ -1,7 +1,16 @@
 import { type Address, formatAddress, formatPrefix, prefixOf, sameAddress } from '../protocol/address.ts';
 import { type Explanation, mbps } from './paths.ts';
 import { explainPaths, isReserve } from './slots.ts';
-import { type Connection, type Detour, leaseKey, type Path, type PathState, type State } from './state.ts';
+import {
+  type Connection,
+  type Detour,
+  insideOf,
+  leaseKey,
+  type Path,
+  type PathState,
+  type State,
+  type Tunnel,
+} from './state.ts';
 import { type Belief, beliefs, DIRECT, PREFIX_LENGTH, prefixOf as prefixKeyOf } from './worth.ts';
 
 /** For people: what is known of every detour, and why it is used or not. Reading changes nothing. */
@@ -36,7 +45,31 @@ export function explainConnection(state: State, connection: Connection, now: num
     if (shown < 0) rows.push(row);
     else rows[shown] = row;
   }
+  for (const tunnel of state.tunnels.values()) {
+    const at = rows.findIndex(({ detour }) => detour === tunnel.key);
+    const path = connection.paths.find(({ detour }) => detour === tunnel.key);
+    if (path && path.state !== 'failed' && path.state !== 'retired') continue;
+    const candidate = known.get(tunnel.key);
+    const why = candidate?.why ?? (path?.why || whyNotThrough(tunnel, connection.remote.address, now));
+    const row: Row = {
+      detour: tunnel.key,
+      state: path?.state ?? 'not used',
+      rate: null,
+      adds: candidate?.adds ?? null,
+      why,
+    };
+    if (at < 0) rows.push(row);
+    else rows[at] = row;
+  }
   return rows;
+}
+
+/** Why no connection to `address` could use the tunnel now. */
+function whyNotThrough(tunnel: Tunnel, { family }: Address, now: number): string {
+  if (tunnel.state === 'asked' || tunnel.state === 'down') return tunnel.why;
+  if (insideOf(tunnel, family) === null) return `it carries no IPv${family}`;
+  if (tunnel.suspendedUntil > now) return `${tunnel.why}; again in ${seconds(tunnel.suspendedUntil - now)}`;
+  return 'its turn has not come';
 }
 
 function rowOf(path: Path, explained: Explanation | undefined): Row {
@@ -111,6 +144,7 @@ function whyNever(state: State, detour: Detour, address: Address, now: number): 
 
 function whyUnusable(state: State, connection: Connection, detour: Detour, now: number): string {
   if (connection.unmanaged !== null) return connection.unmanaged;
+  if (!state.rules.kinds.includes('nat')) return 'DETOUR_STRATEGY has no leases';
   const never = whyNever(state, detour, connection.remote.address, now);
   if (never !== '') return never;
   const lease = state.leases.get(leaseKey(detour.key, connection.server));

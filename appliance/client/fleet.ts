@@ -1,25 +1,15 @@
 import { formatEndpoint, sameAddress } from '../protocol/address.ts';
-import { bury, release } from './joins.ts';
+import { considerTunnels, onMark } from './enrolment.ts';
+import { confirm, release } from './joins.ts';
 import { reconsider } from './rescue.ts';
 import { fill } from './slots.ts';
-import {
-  type Command,
-  type Event,
-  enter,
-  isLive,
-  leaseKey,
-  ownsAddress,
-  pathKey,
-  remove,
-  rttOf,
-  type State,
-} from './state.ts';
+import { type Command, type Event, enter, leaseKey, noTraffic, ownsAddress, remove, type State } from './state.ts';
 import { forgetDetour, forgive } from './worth.ts';
 
 /** What detours report of themselves and of their leases, and what that means to the connections. Pure. */
 
-/** A detour that takes longer to answer was out of reach: the first repetition of a question leaves after 250 ms. */
-const LATE_MS = 240;
+/** Refusals that say of all leases that they will not do here, and nothing of where they would lead (docs/protocol.md, Results). */
+const USELESS: readonly string[] = ['BAD_ADDRESS', 'NO_RESOURCES'];
 
 /** A source names a detour, or says its name or rank anew. */
 export function onDetourAdded(
@@ -32,6 +22,7 @@ export function onDetourAdded(
   if (known) {
     known.name = event.name;
     known.rank = event.rank ?? null;
+    considerTunnels(state, now, out);
     for (const connection of state.connections.values()) fill(state, connection, now, out);
     return;
   }
@@ -49,12 +40,9 @@ export function onDetourAdded(
     local: null,
     upSince: now,
     pausedUntil: 0,
-    synsUntil: 0,
-    unansweredJoins: 0,
-    turnsUntil: 0,
-    failedServers: new Set(),
-    suspensions: 0,
-    suspendedUntil: 0,
+    tunnels: 0,
+    useless: null,
+    ...noTraffic(),
   });
   for (const connection of state.connections.values()) {
     for (const path of connection.paths) {
@@ -92,6 +80,7 @@ export function onDetourRemoved(state: State, key: string, now: number, out: Com
     }
     fill(state, connection, now, out);
   }
+  considerTunnels(state, now, out);
 }
 
 /** It answered. */
@@ -112,7 +101,12 @@ export function onDetourUp(
   detour.rttMs = event.rttMs;
   detour.epoch = event.epoch;
   detour.local = event.local;
-  if (!changed) return;
+  detour.tunnels = event.tunnels ?? 0;
+  onMark(state, detour, out);
+  if (!changed) {
+    considerTunnels(state, now, out);
+    return;
+  }
   if (detour.state === 'starting' || detour.state === 'down') detour.upSince = now;
   // What stalled while it was away can be made again.
   if (detour.state === 'down') out.push({ kind: 'dump' });
@@ -125,6 +119,8 @@ export function onDetourUp(
   detour.suspensions = 0;
   detour.failedServers.clear();
   detour.unansweredJoins = 0;
+  detour.useless = null;
+  considerTunnels(state, now, out);
   reconsider(state, now);
   for (const connection of state.connections.values()) {
     for (const path of connection.paths) if (path.detour === detour.key && path.state === 'failed') path.retryAt = now;
@@ -175,20 +171,7 @@ export function onLeaseGranted(
   for (const token of lease.users) {
     const connection = state.connections.get(token);
     const path = connection?.paths.find((one) => one.kind === 'nat' && one.detour === event.detour);
-    if (!connection || !path) continue;
-    if (path.suspectAt !== null) {
-      // At once: the way to the detour is fine, and the server merely prefers others. Late: it was dead all the while.
-      const flow = connection.book?.observation.flows.get(pathKey(path));
-      if (now - path.suspectAt > LATE_MS + 3 * rttOf(state, path) && isLive(path))
-        bury(state, connection, path, 'nothing came through, nor from its detour', now, out);
-      else if (flow) flow.used = false;
-      path.suspectAt = null;
-    }
-    if (path.buried) {
-      path.buried = false;
-      forgive(state.experience, event.detour);
-    } else if (path.state !== 'requested' || path.turnAt > now) continue;
-    fill(state, connection, now, out);
+    if (connection && path && confirm(state, connection, path, now, out)) fill(state, connection, now, out);
   }
 }
 
@@ -202,6 +185,8 @@ export function onLeaseRefused(
   const lease = state.leases.get(leaseKey(event.detour, formatEndpoint(event.server)));
   const detour = state.detours.get(event.detour);
   if (detour && event.everywhere) detour.pausedUntil = Math.max(detour.pausedUntil, event.retryAt);
+  if (detour && USELESS.includes(event.why)) detour.useless = `no lease: ${event.why}`;
+  considerTunnels(state, now, out);
   if (!lease) return;
   lease.state = 'refused';
   lease.retryAt = event.retryAt;

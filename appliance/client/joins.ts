@@ -1,6 +1,6 @@
 import { type Address, type Endpoint, formatEndpoint, sameAddress, sameEndpoint } from '../protocol/address.ts';
 import { revived } from './revival.ts';
-import { spareFrom, sparesOf } from './spares.ts';
+import { spareFrom, sparesOf, wayThrough } from './spares.ts';
 import {
   addressKey,
   type Command,
@@ -8,6 +8,7 @@ import {
   type Detour,
   detourAt,
   enter,
+  insideOf,
   inUse,
   isLive,
   type JoinOutcome,
@@ -17,15 +18,19 @@ import {
   livePaths,
   newPath,
   type Path,
+  pathKey,
   pathOf,
   RETRY_FIRST_MS,
   RETRY_LONGEST_MS,
   remove,
+  rttOf,
   type Spare,
   STABLE_MS,
   type State,
+  type Traffic,
   type Tuple,
 } from './state.ts';
+import { forgive } from './worth.ts';
 
 /** Makes and ends the subflows of a connection, and sees to the leases that they need. Pure: see manager.ts. */
 
@@ -43,6 +48,9 @@ const GUARDIAN_DELAY_MS = 50;
 const SUSPEND_AFTER_SERVERS = 3;
 const SUSPEND_FIRST_MS = 30_000;
 const SUSPEND_LONGEST_MS = 600_000;
+
+/** A detour that takes longer to answer was out of reach: the first repetition of a question leaves after 250 ms. */
+const LATE_MS = 240;
 
 /** Leases stay for a while after their last connection, so that the next one to the same server need not ask. */
 const IDLE_LEASE_MS = 600_000;
@@ -92,8 +100,9 @@ export function start(
   now: number,
   out: Command[],
 ): void {
-  const kind = 'remote' in way ? 'spare' : 'nat';
-  if (!('remote' in way) && way.state === 'suspended') way.state = 'up';
+  const kind = 'remote' in way ? way.kind : 'nat';
+  const carrier = 'remote' in way ? state.tunnels.get(way.key) : way;
+  if (carrier?.state === 'suspended') carrier.state = 'up';
   let path = connection.paths.find((one) => one.kind === kind && one.detour === way.key);
   if (!path) {
     path = newPath({
@@ -155,11 +164,25 @@ export function wantLease(
 }
 
 /** How far apart SYNs to a detour are: it is asked less often while it drops them. */
-const synEvery = ({ unansweredJoins }: Detour): number =>
+const synEvery = ({ unansweredJoins }: Traffic): number =>
   unansweredJoins < PATIENT_JOINS ? SYN_EVERY_MS : SYN_SELDOM_MS;
 
 /** When the detour may be sent the next SYN. */
-const synAt = (detour: Detour): number => detour.synsUntil - SYN_EVERY_MS * SYN_BURST;
+const synAt = ({ synsUntil }: Traffic): number => synsUntil - SYN_EVERY_MS * SYN_BURST;
+
+/** Whether a path may send its SYN now; otherwise it has been given a turn. */
+function takeTurn(traffic: Traffic, path: Path, now: number): boolean {
+  if (path.turnAt > now) return false;
+  if (synAt(traffic) > now) {
+    traffic.turnsUntil = Math.max(traffic.turnsUntil, synAt(traffic)) + synEvery(traffic);
+    path.turnAt = traffic.turnsUntil;
+    path.why = 'waiting for its turn: many connections at once';
+    return false;
+  }
+  path.turnAt = 0;
+  traffic.synsUntil = Math.max(traffic.synsUntil, now) + synEvery(traffic);
+  return true;
+}
 
 /** Joins when the lease stands, if one is needed, and the detour may be sent a SYN; otherwise the path waits. */
 export function joinIfLeased(state: State, connection: Connection, path: Path, now: number, out: Command[]): void {
@@ -170,19 +193,18 @@ export function joinIfLeased(state: State, connection: Connection, path: Path, n
     else fail(connection, path, 'that way is no longer there', now);
     return;
   }
+  if (path.kind === 'vpn') {
+    const tunnel = path.detour === null ? undefined : state.tunnels.get(path.detour);
+    const way = tunnel && wayThrough(connection, tunnel);
+    if (connection.establishedAt === null || connection.settledAt > now || !tunnel || !way) return;
+    if (takeTurn(tunnel, path, now)) join(connection, path, way.remote, way.local, now, out);
+    return;
+  }
   const detour = path.detour === null ? undefined : state.detours.get(path.detour);
   if (!detour?.local || connection.establishedAt === null) return;
   const lease = state.leases.get(leaseKey(detour.key, connection.server));
   if (lease?.state !== 'granted' || lease.expiresAt - LEASE_MARGIN_MS <= now || connection.settledAt > now) return;
-  if (path.turnAt > now) return;
-  if (synAt(detour) > now) {
-    detour.turnsUntil = Math.max(detour.turnsUntil, synAt(detour)) + synEvery(detour);
-    path.turnAt = detour.turnsUntil;
-    path.why = 'waiting for its turn: many connections at once';
-    return;
-  }
-  path.turnAt = 0;
-  detour.synsUntil = Math.max(detour.synsUntil, now) + synEvery(detour);
+  if (!takeTurn(detour, path, now)) return;
   const index = state.links?.find(({ name }) => name === detour.via)?.index;
   join(connection, path, { address: detour.address, port: lease.port }, detour.local, now, out, index);
 }
@@ -270,25 +292,27 @@ export function joinFailed(
   fail(connection, path, why, now);
   connection.commanded = true;
   out.push({ kind: 'joined', token: connection.token, detour: path.detour, outcome, why: path.why });
-  const detour = path.detour === null ? undefined : state.detours.get(path.detour);
   if (path.kind === 'spare') return;
-  if (!detour) {
+  const carrier = path.detour === null ? undefined : (state.detours.get(path.detour) ?? state.tunnels.get(path.detour));
+  if (!carrier) {
     // Nobody will try it again.
     remove(connection, path);
     return;
   }
-  if (outcome === 'timeout') detour.unansweredJoins++;
-  if (outcome !== 'lost') {
-    detour.failedServers.add(connection.server);
-    if (detour.failedServers.size >= SUSPEND_AFTER_SERVERS) {
-      detour.failedServers.clear();
-      detour.suspendedUntil =
-        now + Math.min(SUSPEND_FIRST_MS * 2 ** Math.min(detour.suspensions, 10), SUSPEND_LONGEST_MS);
-      detour.suspensions++;
-      detour.state = 'suspended';
-      detour.why = `joins through it fail (${why}); a NAT that gives UDP and TCP different addresses does this`;
-    }
+  if (outcome === 'timeout') carrier.unansweredJoins++;
+  if (outcome !== 'lost' && isSuspended(carrier, connection.server, now)) {
+    carrier.state = 'suspended';
+    carrier.why =
+      path.kind === 'vpn'
+        ? `joins through it fail (${why})`
+        : `joins through it fail (${why}); a NAT that gives UDP and TCP different addresses does this`;
   }
+  if (path.kind === 'vpn') {
+    ask(state, connection, path, out);
+    return;
+  }
+  const detour = carrier;
+  if ('useless' in detour && (outcome === 'timeout' || detour.state === 'suspended')) detour.useless = why;
   const lease = state.leases.get(leaseKey(detour.key, connection.server));
   // One that was confirmed after a join began still stood then, and many joins may fail in the meantime.
   if (lease?.state === 'granted' && (outcome === 'lost' || lease.grantedAt <= began)) {
@@ -296,6 +320,17 @@ export function joinFailed(
     lease.state = 'asked';
     out.push({ kind: 'doubt-lease', detour: detour.key, server: connection.remote });
   }
+}
+
+/** Counts a join that failed; whether there are no more to be tried for a while. */
+function isSuspended(traffic: Traffic, server: string, now: number): boolean {
+  traffic.failedServers.add(server);
+  if (traffic.failedServers.size < SUSPEND_AFTER_SERVERS) return false;
+  traffic.failedServers.clear();
+  traffic.suspendedUntil =
+    now + Math.min(SUSPEND_FIRST_MS * 2 ** Math.min(traffic.suspensions, 10), SUSPEND_LONGEST_MS);
+  traffic.suspensions++;
+  return true;
 }
 
 /**
@@ -312,6 +347,15 @@ export function admit(
 ): Path | null {
   const known = pathOf(connection, { local, remote });
   if (known && (known.kind === 'direct' || isLive(known))) return known;
+  const inside = [...state.tunnels.values()].some((tunnel) => {
+    const own = insideOf(tunnel, local.address.family);
+    return own !== null && sameAddress(own, local.address);
+  });
+  if (inside) {
+    // Out of a tunnel it is no direct path, and one that answers too late has lost its place.
+    destroy(connection, { local, remote }, out);
+    return null;
+  }
   if (sameEndpoint(remote, connection.remote)) {
     const direct = connection.paths[0];
     if (!direct) return null;
@@ -396,8 +440,29 @@ export function bury(state: State, connection: Connection, path: Path, why: stri
   ask(state, connection, path, out);
 }
 
-/** Asks the path's detour whether it is there, and the lease with it. */
+/**
+ * Its detour has answered for a path: a suspicion is cleared, or has become a certainty.
+ * @returns whether the path waited for that, to be made or to be made again
+ */
+export function confirm(state: State, connection: Connection, path: Path, now: number, out: Command[]): boolean {
+  if (path.suspectAt !== null) {
+    // At once: the way to the detour is fine, and the server merely prefers others. Late: it was dead all the while.
+    const flow = connection.book?.observation.flows.get(pathKey(path));
+    if (now - path.suspectAt > LATE_MS + 3 * rttOf(state, path) && isLive(path))
+      bury(state, connection, path, 'nothing came through, nor from its detour', now, out);
+    else if (flow) flow.used = false;
+    path.suspectAt = null;
+  }
+  if (!path.buried) return path.state === 'requested' && path.turnAt <= now;
+  path.buried = false;
+  if (path.detour !== null) forgive(state.experience, path.detour);
+  return true;
+}
+
+/** Asks the path's detour whether it is there, and the lease or the tunnel with it. */
 export function ask(state: State, connection: Connection, path: Path, out: Command[]): void {
+  const tunnel = path.detour === null ? undefined : state.tunnels.get(path.detour);
+  if (tunnel) out.push({ kind: 'doubt-tunnel', site: tunnel.site });
   if (path.detour === null || !state.detours.has(path.detour)) return;
   use(state, connection, path.detour, out);
   const lease = state.leases.get(leaseKey(path.detour, connection.server));

@@ -1,8 +1,8 @@
 import type { Cancel, Clock } from '../kernel/clock.ts';
-import type { Pod, Pods } from '../kernel/pods.ts';
+import type { Pod, PodEvent, Pods } from '../kernel/pods.ts';
 import type { ContainerProcess, Processes } from '../kernel/processes.ts';
 import type { Log } from '../log.ts';
-import type { Provider, ProviderStatus } from './daemon.ts';
+import { converse, type OnWorkloads, type Provider, type Talk } from './provider.ts';
 import { isEnabled, readLabels, type WishReaders, type Workload } from './workloads.ts';
 
 /** Pods of this node with the annotation `detour.dev/enable: "true"`. */
@@ -13,15 +13,17 @@ export type KubernetesOptions = {
   readonly clock: Clock;
   readonly log: Log;
   readonly readers: WishReaders;
-  readonly onChange: (workloads: readonly Workload[]) => void;
+  readonly onChange: OnWorkloads;
 };
 
 export const KUBERNETES_PREFIX = 'detour.dev/';
-const RETRY_FIRST_MS = 500;
-const RETRY_LONGEST_MS = 30_000;
-/** A pod that has just been reported running has its processes by then, usually. */
+/** The API tells of a pod before the node has made its network: it is looked for soon, then ever less often, */
 const SEARCH_FIRST_MS = 50;
 const SEARCH_LONGEST_MS = 10_000;
+/** by this share of the time since it was first looked for. */
+const SEARCH_SHARE = 0.5;
+/** The API says that a container runs, and there is no such process: by then it is no matter of time. */
+const MISSED_MS = 30_000;
 /** Namespaces are held open by us: whether their pods still live is looked at this often, also while the API is away. */
 const CHECK_MS = 10_000;
 /** Between two watches, so that a server that ends each at once is not asked all the time. */
@@ -29,9 +31,14 @@ const WATCH_GAP_MS = 1_000;
 
 type Known = {
   pod: Pod;
-  /** Where it was found; null while it is being looked for. */
+  /** One of its processes; null while there is none. */
   process: ContainerProcess | null;
-  searches: number;
+  /** It has to be looked for: there is none, or the pod's containers are others than they were. */
+  sought: boolean;
+  /** Since when. */
+  since: number;
+  /** That it cannot be found is in the log. */
+  missed: boolean;
 };
 
 /** The whole pod's control group, as kubelets with cgroupfs and with systemd name it; where there is none, its containers'. */
@@ -46,59 +53,49 @@ export function watchKubernetes(options: KubernetesOptions): Provider {
   const { pods, processes, clock, log, readers, onChange } = options;
   /** Pods that asked to be served, by uid. */
   const known = new Map<string, Known>();
+  /** What was complained of, by uid. */
   const complained = new Map<string, string>();
-  let state: ProviderStatus['state'] = 'starting';
-  let why: string | null = null;
+  /** Where to go on watching; null: the list has to be read. */
+  let version: string | null = null;
+  let listed = false;
   /** Why pods cannot be found on this node; null while they can. */
   let blind: string | null = null;
   let stopped = false;
-  let failures = 0;
-  let close: (() => void) | null = null;
-  let timer: Cancel | null = null;
-  let searchTimer: Cancel | null = null;
   let searching = false;
-  let published = '';
+  let cancel: Cancel | null = null;
 
-  /** Tells what there is; without `anyway` only when it changed. */
-  function publish(anyway = false): void {
-    const workloads = [...known.values()].flatMap(({ pod, process }): Workload[] => {
-      if (!process) return [];
-      const { wishes } = readLabels(pod.annotations, KUBERNETES_PREFIX, readers);
-      // A pod whose sandbox was made again has another namespace, and is another workload.
-      const groups = groupsOf(pod);
-      return [{ key: `${pod.uid} ${process.namespace}`, name: pod.name, paths: [process.path], groups, wishes }];
-    });
-    const text = workloads
-      .map(({ key, groups }) => `${key} ${groups} ${annotationsOf(known.get(key.split(' ')[0] ?? ''))}`)
-      .join('\n');
-    if (stopped || (text === published && !anyway)) return;
-    published = text;
-    onChange(workloads);
+  function publish(): void {
+    if (stopped) return;
+    onChange(
+      [...known.values()].flatMap(({ pod, process }): Workload[] => {
+        if (!process) return [];
+        const { wishes } = readLabels(pod.annotations, KUBERNETES_PREFIX, readers);
+        // A pod whose sandbox was made again has another namespace, and is another workload.
+        const key = `${pod.uid} ${process.namespace}`;
+        return [{ key, name: pod.name, paths: [process.path], groups: groupsOf(pod), wishes }];
+      }),
+    );
   }
 
-  const annotationsOf = (one: Known | undefined): string =>
-    JSON.stringify(Object.entries(one?.pod.annotations ?? {}).filter(([name]) => name.startsWith(KUBERNETES_PREFIX)));
-
   function take(pod: Pod): void {
-    const { uid, name, annotations, hostNetwork, containers } = pod;
     complain(pod);
-    if (!isEnabled(annotations, KUBERNETES_PREFIX) || hostNetwork || containers.length === 0) {
+    const { uid, annotations, hostNetwork, ended, containers } = pod;
+    if (!isEnabled(annotations, KUBERNETES_PREFIX) || hostNetwork || ended) {
       drop(uid);
       return;
     }
+    // Others' annotations may be long, and are none of our business.
+    const mine = Object.entries(annotations).filter(([name]) => name.startsWith(KUBERNETES_PREFIX));
+    const kept = { ...pod, annotations: Object.fromEntries(mine) };
     const before = known.get(uid);
-    if (before) {
-      const same = before.pod.containers.join() === containers.join();
-      before.pod = pod;
-      // The containers are others, so the process may be gone, and with it, if the sandbox was replaced, the namespace.
-      if (!same) before.searches = 0;
-      if (!same) search(0);
-      else publish();
+    if (before && before.pod.containers.join() === containers.join()) {
+      before.pod = kept;
+      publish();
       return;
     }
-    log.debug('pod-found', { workload: name }, 'A pod asks to be served');
-    known.set(uid, { pod, process: null, searches: 0 });
-    search(0);
+    // With other containers its process may be gone, and with it, if the sandbox was replaced, the namespace.
+    known.set(uid, { pod: kept, process: before?.process ?? null, sought: true, since: clock.now(), missed: false });
+    searchIn(0);
   }
 
   function drop(uid: string): void {
@@ -115,136 +112,135 @@ export function watchKubernetes(options: KubernetesOptions): Provider {
     if (text === '') complained.delete(uid);
     else complained.set(uid, text);
     for (const complaint of all)
-      log.warn('workload-annotation', { workload: name, complaint }, 'An annotation of a pod is not understood');
+      log.warn('workload-annotation', { workload: name, complaint }, 'An annotation of a pod cannot be followed');
   }
 
-  /** Looks for the processes of all pods that have none yet, or whose containers changed. */
-  function search(ms: number): void {
+  function searchIn(ms: number): void {
     if (searching || stopped) return;
-    searchTimer?.();
-    searchTimer = clock.after(ms, () => {
-      searchTimer = null;
-      void find();
+    cancel?.();
+    cancel = clock.after(ms, () => {
+      cancel = null;
+      searching = true;
+      void search().finally(() => {
+        searching = false;
+        planSearch();
+      });
     });
   }
 
-  async function find(check = false): Promise<void> {
-    searching = true;
-    const sought = [...known.values()].filter(({ process, searches }) => check || process === null || searches === 0);
-    const ids = new Set(sought.flatMap(({ pod }) => pod.containers));
-    try {
-      const found = await processes.find(ids);
-      blind = null;
-      for (const one of sought) {
-        one.searches++;
-        const id = one.pod.containers.find((container) => found.has(container));
-        const process = (id !== undefined && found.get(id)) || null;
-        if (process || one.searches > 1 || check) one.process = process;
-      }
-    } catch (error) {
-      const reason = error instanceof Error ? error.message : String(error);
-      if (reason !== blind) log.warn('pods-unseen', { reason }, 'The processes of pods cannot be found');
-      blind = reason;
-      for (const one of sought) one.searches++;
+  /** Looks for those that have to be. */
+  async function search(): Promise<void> {
+    const sought = [...known.values()].filter((one) => one.sought);
+    if (sought.length === 0) return;
+    const words = new Set(sought.flatMap(({ pod }) => [pod.uid, ...pod.containers]));
+    const { processes: found, refused } = await processes.find(words);
+    if (refused !== null && refused !== blind)
+      log.warn('pods-unseen', { reason: refused }, 'Pods that asked to be served cannot be reached');
+    blind = refused;
+    for (const one of sought) {
+      // What carries the uid alone may be left of a sandbox that was replaced, but is there before any container.
+      const name = [...one.pod.containers, one.pod.uid].find((word) => found.has(word));
+      const process = name === undefined ? undefined : found.get(name);
+      if (process) one.process = process;
+      else if (one.process && !processes.holds(one.process)) one.process = null;
+      one.sought = one.process === null;
+      if (refused === null) miss(one);
     }
-    searching = false;
     publish();
-    const missing = [...known.values()].filter(({ process, searches }) => process === null || searches === 0);
-    if (missing.length === 0) return;
-    const tries = Math.min(...missing.map(({ searches }) => searches));
-    search(Math.min(SEARCH_FIRST_MS * 2 ** Math.min(tries, 10), SEARCH_LONGEST_MS));
   }
 
-  async function read(): Promise<string> {
-    const seen = new Set<string>();
-    const version = await pods.list((pod) => {
-      seen.add(pod.uid);
-      take(pod);
-    });
-    for (const uid of known.keys()) if (!seen.has(uid)) drop(uid);
-    for (const uid of complained.keys()) if (!seen.has(uid)) complained.delete(uid);
-    return version;
+  function miss(one: Known): void {
+    const { name, containers } = one.pod;
+    if (!one.sought || one.missed || containers.length === 0 || clock.now() - one.since < MISSED_MS) return;
+    one.missed = true;
+    log.warn(
+      'pod-not-found',
+      { workload: name },
+      "No process of a pod's containers is seen here: does the agent have the host's pid namespace (hostPID: true)?",
+    );
   }
 
-  async function run(): Promise<void> {
-    let version = await read();
-    const recovered = state === 'failing';
-    state = 'ok';
-    why = null;
-    failures = 0;
-    // Also when there is nothing: whoever waits for the first answer has it.
-    publish(true);
-    if (recovered) log.info('provider-back', { provider: 'kubernetes' }, 'The Kubernetes API answers again');
-    while (!stopped) {
-      const began = clock.now();
-      const watch = pods.watch(
-        version,
-        (event) => {
-          if (stopped) return;
-          if (event.kind === 'changed') take(event.pod);
-          else {
-            complained.delete(event.uid);
-            drop(event.uid);
-          }
-        },
-        (at) => {
-          version = at;
-        },
-      );
-      close = watch.close;
-      const end = await watch.ended;
-      close = null;
-      if (stopped) return;
-      if (end.kind === 'failed') throw new Error(end.why);
-      await pause(WATCH_GAP_MS - (clock.now() - began));
-      if (end.kind === 'outdated') version = await read();
-    }
+  function planSearch(): void {
+    const ages = [...known.values()].flatMap(({ sought, since }) => (sought ? [clock.now() - since] : []));
+    if (ages.length === 0) return;
+    searchIn(Math.min(Math.max(SEARCH_FIRST_MS, Math.min(...ages) * SEARCH_SHARE), SEARCH_LONGEST_MS));
   }
 
-  const pause = (ms: number): Promise<void> =>
-    ms <= 0 ? Promise.resolve() : new Promise((resolve) => clock.after(ms, resolve));
-
-  function start(): void {
-    run().catch((error: unknown) => {
-      if (stopped) return;
-      const reason = error instanceof Error ? error.message : String(error);
-      if (state !== 'failing' || why !== reason)
-        log.warn(
-          'provider-failing',
-          { provider: 'kubernetes', reason, workloads: known.size },
-          'The Kubernetes API does not answer; serving what is known',
-        );
-      state = 'failing';
-      why = reason;
-      const wait = Math.min(RETRY_FIRST_MS * 2 ** Math.min(failures, 10), RETRY_LONGEST_MS);
-      failures++;
-      timer = clock.after(wait, start);
-    });
-  }
-
+  /** Looks whether those that were found are still there. */
   function check(): void {
     clock.after(CHECK_MS, () => {
       if (stopped) return;
-      if (!searching && known.size > 0) void find(true);
+      let lost = false;
+      for (const one of known.values()) {
+        if (one.sought || one.process === null || processes.holds(one.process)) continue;
+        // Perhaps it was just one of several.
+        one.sought = true;
+        one.since = clock.now();
+        lost = true;
+      }
+      if (lost) searchIn(0);
       check();
     });
   }
 
-  start();
+  /** `latest`: what the API server remembers may be older than what we know. */
+  async function read(signal: AbortSignal, latest: boolean): Promise<string> {
+    const seen = new Set<string>();
+    const at = await pods.list(
+      (pod) => {
+        seen.add(pod.uid);
+        take(pod);
+      },
+      signal,
+      latest,
+    );
+    for (const uid of known.keys()) if (!seen.has(uid)) drop(uid);
+    for (const uid of complained.keys()) if (!seen.has(uid)) complained.delete(uid);
+    return at;
+  }
+
+  function hear(event: PodEvent): void {
+    if (stopped) return;
+    version = event.version;
+    if (event.kind === 'changed') take(event.pod);
+    if (event.kind !== 'deleted') return;
+    complained.delete(event.uid);
+    drop(event.uid);
+  }
+
+  async function talk({ signal, answered, pause }: Talk): Promise<void> {
+    while (!signal.aborted) {
+      const began = clock.now();
+      if (version === null) {
+        version = await read(signal, listed);
+        listed = true;
+      }
+      const end = await pods.watch(version, { open: answered, each: hear }, signal);
+      if (end.kind !== 'closed') version = null;
+      if (end.kind === 'failed') throw new Error(end.why);
+      await pause(WATCH_GAP_MS - (clock.now() - began));
+    }
+  }
+
+  const conversation = converse({
+    provider: 'kubernetes',
+    name: 'The Kubernetes API',
+    clock,
+    log,
+    workloads: () => known.size,
+    talk,
+  });
   check();
 
   return {
-    status: () => ({
-      provider: 'kubernetes',
-      state: state === 'ok' && blind !== null ? 'failing' : state,
-      workloads: known.size,
-      why: why ?? blind,
-    }),
+    status() {
+      const status = conversation.status();
+      return status.state === 'ok' && blind !== null ? { ...status, state: 'failing', why: blind } : status;
+    },
     stop() {
       stopped = true;
-      timer?.();
-      searchTimer?.();
-      close?.();
+      cancel?.();
+      conversation.stop();
     },
   };
 }

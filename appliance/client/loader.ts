@@ -25,7 +25,8 @@ const OWNER = 'owner';
 
 const NEEDS_WRITING =
   'Containers mount /proc/sys read-only. docker: -v /proc/sys/net:/host/proc/sys/net -e DETOUR_SYSCTL_ROOT=/host/proc/sys ' +
-  '(with a network of its own instead: --sysctl net.mptcp.pm_type=1; docker refuses that with --network host). ' +
+  '(with a network of its own instead: --sysctl net.mptcp.pm_type=1; docker refuses that with --network host), or let a container ' +
+  'that may write it and has the same network run `load` before, once. ' +
   'compose: volumes: ["/proc/sys/net:/host/proc/sys/net"], environment: {DETOUR_SYSCTL_ROOT: /host/proc/sys}. ' +
   'kubernetes: a hostPath volume of /proc/sys/net at /host/proc/sys/net and env DETOUR_SYSCTL_ROOT=/host/proc/sys. ' +
   'host, once and for all: echo net.mptcp.pm_type=1 > /etc/sysctl.d/90-detour.conf && sysctl --system';
@@ -72,7 +73,7 @@ export async function load({ sysctl, memory, log }: LoaderPorts, owner: LoaderOw
     await sysctl.write(parameter.name, parameter.userspace);
   } catch (error) {
     await memory.forget().catch(() => undefined);
-    throw new Fatal(69, `${said(error)}. ${NEEDS_WRITING}`);
+    throw error instanceof Fatal ? error : new Fatal(69, `${said(error)}. ${NEEDS_WRITING}`);
   }
   log.info(
     'path-manager',

@@ -8,6 +8,7 @@ import { udpDatagrams } from '../kernel/datagrams.ts';
 import { openDiag } from '../kernel/diag.ts';
 import { systemFiles } from '../kernel/files.ts';
 import { systemHandshake } from '../kernel/handshake.ts';
+import { openLinks } from '../kernel/links.ts';
 import { systemLookup } from '../kernel/lookup.ts';
 import { nftMemory } from '../kernel/memory.ts';
 import { openPathManager, subflowLimit } from '../kernel/mptcp.ts';
@@ -18,10 +19,11 @@ import { remedyOf, systemNft } from '../kernel/nft.ts';
 import { type ApiServer, podsOf } from '../kernel/pods.ts';
 import { systemProcesses } from '../kernel/processes.ts';
 import { systemSchedule } from '../kernel/schedule.ts';
-import { procSysctl } from '../kernel/sysctl.ts';
+import { isOfOneNamespace, procSysctl } from '../kernel/sysctl.ts';
 import { nameProcess } from '../kernel/title.ts';
 import { openTranslations } from '../kernel/translations.ts';
 import { systemWeb } from '../kernel/web.ts';
+import { openWireguard } from '../kernel/wireguard.ts';
 import { type Log, logWith } from '../log.ts';
 import type { ClientHostSettings, ClientSettings, ProviderName } from '../settings.ts';
 import type { DaemonView } from '../status/daemon.ts';
@@ -33,7 +35,8 @@ import { watchKubernetes } from './kubernetes.ts';
 import { ACCEPTED_SUBFLOWS, type LimitPorts, lower, raise } from './limits.ts';
 import { type LoaderOwner, type LoaderPorts, requireMptcp, unload as restore, load as select } from './loader.ts';
 import { fillByLoad, INSTEAD } from './mptcpify.ts';
-import { REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
+import { REDIRECTIONS, REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
+import { sweepTunnels, type TunnelPorts } from './tunnels.ts';
 
 /** The nftables table in which the client remembers what it changed. It holds no chain and touches no packet. */
 export const CLIENT_TABLE = 'detour_client';
@@ -47,6 +50,9 @@ export type RunningClient = {
   /** Puts the path manager back and ends. Paths that exist go on without the agent. */
   stop(): Promise<void>;
 };
+
+/** Where Docker keeps the network namespaces of its containers. */
+const SANDBOXES = '/var/run/docker/netns';
 
 /** A burst of connections leaves freed memory behind; as for the router. */
 const TRIM_MS = 10_000;
@@ -111,25 +117,38 @@ function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Plac
         translations: openTranslations(namespace),
         handshake: systemHandshake(namespace, settings.fwmark.mark),
       }),
+      openTunnels: () => openTunnels(namespace),
     },
     async load() {
       // With what a predecessor with DETOUR_RESCUE=on left when it was killed.
-      await Promise.all([
-        ready(settings, log, 'daemon', namespace),
-        settings.rescue ? null : removeRedirections(namespace),
-      ]);
+      const steps = [ready(settings, log, 'daemon', namespace), settings.rescue ? null : removeRedirections(namespace)];
+      try {
+        await Promise.all(steps);
+      } catch (error) {
+        // What went wrong first is what the user has to mend.
+        await Promise.allSettled(steps);
+        await putBack(settings, log, 'daemon', namespace).catch(() => undefined);
+        throw error;
+      }
     },
     unload: () => putBack(settings, log, 'daemon', namespace),
     close: () => namespace.close(),
   };
 }
 
+function openTunnels(namespace: Namespace): TunnelPorts {
+  const links = openLinks(namespace);
+  return { links, wireguard: openWireguard(links, namespace), nft: systemNft({ namespace }), place: namespace.id };
+}
+
 /** What watches for workloads. @throws Fatal naming what this process lacks to serve them */
 async function openProviders(settings: ClientSettings, log: Log): Promise<DaemonPorts['providers']> {
   const { providers } = settings;
   if (providers.every((name) => name === 'host')) return [];
-  await mayEnter(providers);
+  mayWriteTheirs(settings);
+  await mayServe(providers);
   const clock = systemClock;
+  const processes = systemProcesses();
   const readers = { targets: TABLE.targets.parse, strategy: TABLE.strategy.parse, mptcp: flag };
   const watchers: DaemonPorts['providers'][number][] = [];
   if (providers.includes('docker')) {
@@ -137,29 +156,46 @@ async function openProviders(settings: ClientSettings, log: Log): Promise<Daemon
     // Only when it is needed: the library takes 10 MB.
     const { dockerEngine } = await import('../kernel/engine.ts');
     const engine = dockerEngine(socketPath);
-    watchers.push((onChange) => watchDocker({ engine, clock, log, readers, onChange }));
+    watchers.push((onChange) => watchDocker({ engine, processes, clock, log, readers, onChange }));
   }
   if (providers.includes('kubernetes')) {
     const pods = podsOf(apiServer());
-    const processes = systemProcesses();
     watchers.push((onChange) => watchKubernetes({ pods, processes, clock, log, readers, onChange }));
   }
   return watchers;
 }
 
-/** Entering another namespace takes a capability that serving one's own does not; better to hear of it at once. */
-async function mayEnter(providers: readonly ProviderName[]): Promise<void> {
+/** Through the mount that is enough for a host, the host's own path manager would be selected for each workload. */
+function mayWriteTheirs({ providers, sysctlRoot }: ClientSettings): void {
+  if (!isOfOneNamespace(sysctlRoot)) return;
+  throw new Fatal(
+    78,
+    `DETOUR_PROVIDERS=${providers.join(',')}: ${sysctlRoot}/net/mptcp is mounted by itself, which shows one namespace in all of them. ` +
+      `docker: -v /proc/sys/net:${sysctlRoot}/net; Kubernetes: use the overlay k8s/overlays/pods`,
+  );
+}
+
+/** What serving others takes, besides what each of their namespaces shows: better to hear of it at once. @throws Fatal (69) */
+async function mayServe(providers: readonly ProviderName[]): Promise<void> {
+  (await openPathManager(ownNamespace, () => undefined)).close();
+  const setting = `DETOUR_PROVIDERS=${providers.join(',')}`;
   try {
     (await openNamespace('/proc/self/ns/net')).close();
   } catch (error) {
     if (!(error instanceof NamespaceError)) throw error;
     throw new Fatal(
       69,
-      `DETOUR_PROVIDERS=${providers.join(',')}: this process may not enter other network namespaces (${error.code}); it needs CAP_SYS_ADMIN. ` +
-        'docker: --cap-add SYS_ADMIN -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave; ' +
+      `${setting}: this process may not enter other network namespaces (${error.code}): it needs CAP_SYS_ADMIN. ` +
+        `docker: --cap-add SYS_ADMIN -v ${SANDBOXES}:${SANDBOXES}:ro,rslave; ` +
         'Kubernetes: use the overlay k8s/overlays/pods, which also has hostPID and SYS_PTRACE',
     );
   }
+  // The first process of a pid namespace sees none but those that it started.
+  if (providers.includes('kubernetes') && process.pid === 1)
+    throw new Fatal(
+      69,
+      `${setting}: this process sees none of the node's: in the pod: hostPID: true; docker: --pid host`,
+    );
 }
 
 /** @throws Fatal (78) for an engine that is not on this host: its namespaces could not be entered */
@@ -195,13 +231,22 @@ async function enter(path: string): Promise<Namespace> {
     return await openNamespace(path);
   } catch (error) {
     if (!(error instanceof NamespaceError)) throw error;
-    const inProc = path.startsWith('/proc/');
-    if (error.code === 'ENOENT' && !inProc)
-      throw new Error(`${error.message}; mount it: -v /var/run/docker/netns:/var/run/docker/netns:ro,rslave`);
-    if (error.code === 'EACCES' || (error.code === 'EPERM' && inProc))
-      throw new Error(`${error.message}; it needs the host's pid namespace and CAP_SYS_PTRACE besides CAP_SYS_ADMIN`);
-    throw error;
+    throw new Error(`${error.message}${remedyFor(path, error.code)}`);
   }
+}
+
+function remedyFor(path: string, code: string): string {
+  if (path.startsWith('/proc/')) {
+    return code === 'EACCES' || code === 'EPERM'
+      ? "; with the host's pid namespace it needs CAP_SYS_PTRACE besides CAP_SYS_ADMIN"
+      : '';
+  }
+  const mount = `-v ${SANDBOXES}:${SANDBOXES}:ro,rslave`;
+  if (code === 'ENOENT')
+    return `; the agent has to see the engine's files: ${mount} (docker info says where, if its exec-root is another)`;
+  // A file that nothing is mounted on is an ordinary one.
+  if (code === 'EINVAL') return `; what the engine mounts must reach the agent after its start: ${mount}`;
+  return '';
 }
 
 /**
@@ -259,6 +304,20 @@ export async function unload(settings: ClientHostSettings, log: Log): Promise<vo
 export async function cleanupClient(settings: ClientHostSettings, log: Log): Promise<void> {
   await unload(settings, log);
   await removeRedirections();
+  await removeTunnels();
+}
+
+/** @throws Fatal (69) */
+async function removeTunnels(): Promise<void> {
+  const opened = openTunnels(ownNamespace);
+  try {
+    await sweepTunnels(opened);
+  } catch (error) {
+    throw new Fatal(69, `cannot remove tunnels: ${error instanceof Error ? error.message : String(error)}`);
+  } finally {
+    opened.wireguard.close();
+    opened.links.close();
+  }
 }
 
 /** Readies a namespace for the sides that are served. @throws Fatal (69) */
@@ -287,7 +346,10 @@ async function putBack(
 
 /** @throws Fatal (69) */
 async function removeRedirections(namespace: Namespace = ownNamespace): Promise<void> {
-  const failure = await systemNft({ namespace }).run(REMOVE_REDIRECTIONS);
+  const nft = systemNft({ namespace });
+  // Usually there are none, which is seen in a tenth of the time that removing them takes.
+  const absent = await nft.dump(...REDIRECTIONS, () => undefined);
+  const failure = absent?.kind === 'absent' ? null : await nft.run(REMOVE_REDIRECTIONS);
   if (failure) throw new Fatal(69, `cannot remove table ${RESCUE_TABLE}: ${remedyOf(failure)}`);
 }
 

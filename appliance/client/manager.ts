@@ -1,5 +1,6 @@
 import { formatEndpoint, sameAddress, sameEndpoint } from '../protocol/address.ts';
 import { connect, DENIED, drop, forget, onDump } from './adoption.ts';
+import { considerTunnels, onTunnelDown, onTunnelGone, onTunnelUp } from './enrolment.ts';
 import { onDetourAdded, onDetourDown, onDetourRemoved, onDetourUp, onLeaseGranted, onLeaseRefused } from './fleet.ts';
 import { admit, fail, joinFailed, joinIfLeased, retire, trimIdle } from './joins.ts';
 import { begun } from './paths.ts';
@@ -10,6 +11,7 @@ import { onNetworkChanged, onSourcesFound, sweep } from './roaming.ts';
 import { fill, JOIN_TIMEOUT_MS } from './slots.ts';
 import { onAnnounced, onRemoved } from './spares.ts';
 import {
+  addressKey,
   type Command,
   type Connection,
   type ConnectionEvent,
@@ -102,6 +104,18 @@ export function step(state: State, event: Event, now: number): Command[] {
       if (lease?.state === 'granted') lease.state = 'asked';
       break;
     }
+    case 'tunnel-up':
+      onTunnelUp(state, event, now, out);
+      break;
+    case 'tunnel-down':
+      onTunnelDown(state, event, now, out);
+      break;
+    case 'tunnel-gone':
+      onTunnelGone(state, event, now, out);
+      break;
+    case 'addresses-gone':
+      for (const address of event.addresses) state.gone.add(addressKey(address));
+      break;
     case 'connecting':
     case 'direct-tried':
     case 'relay-tried':
@@ -179,14 +193,15 @@ function onSubflowEstablished(state: State, event: SubflowEvent, now: number, ou
   if (path.kind === 'direct') onAnswer(state, connection.server, now, out);
   if (event.localId !== 0) keepId(connection, event.local.address, event.localId);
   out.push({ kind: 'joined', token: event.token, detour: path.detour, outcome: 'established', why: path.why });
-  const detour = path.detour === null ? undefined : state.detours.get(path.detour);
+  const carrier = path.detour === null ? undefined : (state.detours.get(path.detour) ?? state.tunnels.get(path.detour));
   sweep(state, connection, out);
-  if (detour) {
-    detour.failedServers.clear();
-    detour.unansweredJoins = 0;
-    detour.suspensions = 0;
-    detour.suspendedUntil = 0;
-    if (detour.state === 'suspended') detour.state = 'up';
+  if (carrier) {
+    carrier.failedServers.clear();
+    carrier.unansweredJoins = 0;
+    carrier.suspensions = 0;
+    carrier.suspendedUntil = 0;
+    if (carrier.state === 'suspended') carrier.state = 'up';
+    if ('useless' in carrier) carrier.useless = null;
   }
   fill(state, connection, now, out);
 }
@@ -290,4 +305,5 @@ function onTick(state: State, now: number, out: Command[]): void {
     fill(state, connection, now, out);
   }
   trimIdle(state, now, out);
+  considerTunnels(state, now, out);
 }

@@ -67,6 +67,16 @@ export function createMetrics({ states, sources, workloads, mptcpify }: Measured
     },
   });
   new Gauge({
+    name: 'detour_client_tunnels',
+    help: 'Tunnels to detours; those that are down are tried again',
+    labelNames: ['state'],
+    registers,
+    collect() {
+      const counts = count(each(({ tunnels }) => tunnels.values()).map(({ state }) => state));
+      for (const at of ['asked', 'up', 'down', 'suspended'] as const) this.set({ state: at }, counts.get(at) ?? 0);
+    },
+  });
+  new Gauge({
     name: 'detour_client_rescued_servers',
     help: 'Servers that new connections reach through a detour, because they do not answer directly',
     registers,

@@ -7,7 +7,8 @@ import { type Endpoint, formatAddress, formatEndpoint } from '../protocol/addres
  * Every command is on a line of its own, and made of numbers and addresses only.
  */
 
-export const RESCUE_TABLE = 'inet detour_rescue';
+const NAME = 'detour_rescue';
+export const RESCUE_TABLE = `inet ${NAME}`;
 
 /** A server, and where the SYNs to it go instead. Both are of one family. */
 export type Redirection = { readonly server: Endpoint; readonly to: Endpoint };
@@ -18,6 +19,8 @@ export const MOST_REDIRECTIONS = 64;
 const LIFETIME_S = 60;
 
 const MAPS = { 4: 'servers4', 6: 'servers6' } as const;
+/** The table and a map that it has whenever it is there. */
+export const REDIRECTIONS = [NAME, MAPS[4]] as const;
 const SYN = 'tcp flags & (fin|syn|rst|ack) == syn';
 /** MP_CAPABLE, RFC 8684 3.1: joins to the server itself stay what they are. */
 const CAPABLE = 'tcp option mptcp subtype 0';

@@ -123,9 +123,9 @@ function weigh(state: State, connection: Connection, unsure: ReadonlySet<string>
       path.suspectAt = null;
       if (flow) flow.silentSince = null;
     } else if (unsure.has(flow.path) && !isCondemned(state, path, flow, now)) {
-      if (path.suspectAt === null && (path.kind !== 'nat' || blackHoled(flow, now))) {
+      if (path.suspectAt === null && (!isAsked(path) || blackHoled(flow, now))) {
         path.suspectAt = now;
-        if (path.kind === 'nat') ask(state, connection, path, out);
+        if (isAsked(path)) ask(state, connection, path, out);
       }
       if (path.suspectAt !== null) flow.silentSince = null;
     } else {
@@ -139,9 +139,14 @@ function weigh(state: State, connection: Connection, unsure: ReadonlySet<string>
 /** Whether a suspicion has become a certainty. A late answer of its detour is one, too: see `onLeaseGranted`. */
 function isCondemned(state: State, path: Path, flow: Flow, now: number): boolean {
   if (path.suspectAt === null) return false;
-  if (path.kind !== 'nat') return now - path.suspectAt >= Math.max(DIRECT_SILENT_MS, 10 * flow.rttMs);
-  return path.detour === null || state.detours.get(path.detour)?.state === 'down';
+  if (!isAsked(path)) return now - path.suspectAt >= Math.max(DIRECT_SILENT_MS, 10 * flow.rttMs);
+  if (path.detour === null) return true;
+  const tunnel = state.tunnels.get(path.detour);
+  return path.kind === 'vpn' ? tunnel?.state !== 'up' : state.detours.get(path.detour)?.state === 'down';
 }
+
+/** Whether there is somebody who can be asked what became of a path. */
+const isAsked = ({ kind }: Path): boolean => kind === 'nat' || kind === 'vpn';
 
 /**
  * While the direct path is silent and others carry, tries a fresh one now and then: one that is answered proves that the

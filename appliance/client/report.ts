@@ -4,6 +4,7 @@ import type { Json } from '../status/daemon.ts';
 import { explainConnection, explainDestination, type Row } from './explain.ts';
 import { shortfall } from './slots.ts';
 import type { Connection, Path, Rescue, State } from './state.ts';
+import type { TunnelView } from './tunnels.ts';
 import { DIRECT } from './worth.ts';
 
 /** One namespace as `/v1/status` and `/v1/explain` show it. */
@@ -28,11 +29,28 @@ export function showDetours(state: State, observed: (detour: string) => Address 
       state: detour.state,
       rttMs: detour.rttMs === null ? null : round(detour.rttMs),
       epoch: detour.epoch === null ? null : detour.epoch.toString(16).padStart(16, '0'),
-      strategy: 'nat',
+      strategy: strategyOf(state, detour.name),
       why: detour.why || null,
       observed: seen && formatAddress(seen),
     };
   });
+}
+
+/** In what ways paths go through a detour: by leases, by its tunnel, or by either. */
+function strategyOf({ rules: { kinds }, tunnels }: State, site: string): string {
+  const tunnelled = [...tunnels.values()].some((tunnel) => tunnel.site === site && tunnel.state !== 'asked');
+  return [...(kinds.includes('nat') ? ['nat'] : []), ...(tunnelled ? ['vpn'] : [])].join(',');
+}
+
+/** The tunnels of a namespace; `view`: what the kernel has of each. */
+export function showTunnels(state: State, view: (site: string) => TunnelView | null): JsonObject[] {
+  return [...state.tunnels.values()].map(({ site, state: at, rttMs, why }) => ({
+    detour: site,
+    state: at,
+    ...(view(site) ?? { interface: null, carrier: null, v4: null, v6: null, mtu: null }),
+    rttMs: rttMs === null ? null : round(rttMs),
+    why: why || null,
+  }));
 }
 
 /** Its connections, with what the kernel counted, by token. */
@@ -96,9 +114,15 @@ function explainOne(state: State, connection: Connection, now: number, wallAt: W
 /** A detour by its name and control address; the direct path has none. */
 function named(state: State, detour: string | null): { detour: string; address: string | null } {
   if (detour === null) return { detour: DIRECT, address: null };
+  const tunnel = state.tunnels.get(detour);
+  if (tunnel) return { detour: `${tunnel.site} (vpn)`, address: null };
   const known = state.detours.get(detour);
   return { detour: known?.name ?? detour, address: known ? formatEndpoint(known.endpoint) : null };
 }
+
+/** What people call the detour that a path runs through. */
+const siteOf = ({ detours, tunnels }: State, key: string): string =>
+  tunnels.get(key)?.site ?? detours.get(key)?.name ?? key;
 
 /** Servers that do not answer directly, or are being asked. */
 export function showRescues(state: State, { cases }: Rescue, wallAt: WallAt): JsonObject[] {
@@ -153,8 +177,7 @@ function showPath(
   );
   return {
     kind: path.kind === 'spare' ? 'direct' : path.kind,
-    detour:
-      path.detour === null || path.kind === 'spare' ? null : (state.detours.get(path.detour)?.name ?? path.detour),
+    detour: path.detour === null || path.kind === 'spare' ? null : siteOf(state, path.detour),
     ...text,
     state: path.state,
     backup: now?.backup ?? path.state === 'backup',

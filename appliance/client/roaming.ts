@@ -1,4 +1,5 @@
 import { sameAddress, sameEndpoint } from '../protocol/address.ts';
+import { considerTunnels, renewTunnels } from './enrolment.ts';
 import { destroy, fail } from './joins.ts';
 import { reopenBook } from './paths.ts';
 import { fill } from './slots.ts';
@@ -44,6 +45,10 @@ export function onNetworkChanged(
     // Its session looks up the way anew, and says from where with its next answer.
     if (detour.local && isGone(state, detour.local)) detour.local = null;
   }
+  // On another network leases may do, and the address inside a tunnel may be somebody's.
+  for (const detour of state.detours.values()) detour.useless = null;
+  considerTunnels(state, now, out);
+  renewTunnels(state, out);
   const servers = new Map<string, Connection['remote']['address']>();
   for (const connection of state.connections.values()) {
     if (connection.unmanaged !== null || connection.establishedAt === null) continue;

@@ -10,19 +10,22 @@ import {
   place,
   type Situation,
 } from './paths.ts';
-import { sparesOf } from './spares.ts';
+import { sparesOf, wayThrough } from './spares.ts';
 import {
   type Command,
   type Connection,
   type Detour,
   draw,
   enter,
+  entranceOf,
+  insideOf,
   inUse,
   isGone,
   isLive,
   isSilent,
   leaseKey,
   livePaths,
+  type Path,
   type PathKind,
   pathKey,
   RETRY_FIRST_MS,
@@ -30,6 +33,7 @@ import {
   rttOf,
   type State,
   siteOf,
+  type Tunnel,
   type Tuple,
 } from './state.ts';
 import { DIRECT, minimumAge } from './worth.ts';
@@ -68,6 +72,8 @@ export function shortfall(state: State, connection: Connection): string | null {
   if (connection.full) return 'the server accepts no more subflows';
   if (livePaths(connection) >= state.rules.maxPaths) return null;
   const family = connection.remote.address.family;
+  if ([...state.tunnels.values()].some((tunnel) => insideOf(tunnel, family) !== null))
+    return 'no further detour is usable';
   if (![...state.detours.values()].some((one) => one.address.family === family))
     return `no detour has an IPv${family} address`;
   return 'no further detour is usable';
@@ -138,8 +144,7 @@ function moveBack(state: State, connection: Connection, now: number, out: Comman
   if (connection.establishedAt === null) return next;
   if (connection.paths.some(({ state: at }) => at === 'requested' || at === 'joining')) return next;
   for (const path of connection.paths) {
-    const detour =
-      path.kind === 'nat' && inUse(path) && path.detour !== null ? state.detours.get(path.detour) : undefined;
+    const detour = inUse(path) ? carrierOf(state, path) : undefined;
     if (!detour?.rank || !isReserve(state, detour, now)) continue;
     const { source, preference } = detour.rank;
     const better = [...state.detours.values()].filter(
@@ -149,7 +154,10 @@ function moveBack(state: State, connection: Connection, now: number, out: Comman
         at === 'up' &&
         address.family === detour.address.family,
     );
-    const used = better.some(({ key }) => connection.paths.some((one) => one.detour === key && inUse(one)));
+    const used = connection.paths.some((one) => {
+      const by = inUse(one) ? carrierOf(state, one) : undefined;
+      return by !== undefined && better.includes(by);
+    });
     const full = livePaths(connection) >= limitOf(state, connection) && (connection.book?.attempts ?? 1) >= 1;
     let wanted = used;
     for (const one of better) {
@@ -161,7 +169,7 @@ function moveBack(state: State, connection: Connection, now: number, out: Comman
     carryOut(
       state,
       connection,
-      { act: 'retire', detour: detour.key, why: 'a detour that its source prefers is up again' },
+      { act: 'retire', detour: pathKey(path), why: 'a detour that its source prefers is up again' },
       now,
       out,
     );
@@ -203,6 +211,24 @@ function usableAt(state: State, connection: Connection, detour: Detour, now: num
   return at;
 }
 
+/** The detour that a path runs through, by a lease or by a tunnel. */
+function carrierOf(state: State, { kind, detour }: Path): Detour | undefined {
+  if (detour === null || (kind !== 'nat' && kind !== 'vpn')) return undefined;
+  const tunnel = state.tunnels.get(detour);
+  return tunnel ? entranceOf(state, tunnel.site) : state.detours.get(detour);
+}
+
+/** As `usableAt`, for a tunnel. */
+function passableAt(state: State, connection: Connection, tunnel: Tunnel, now: number): number {
+  const never = Number.POSITIVE_INFINITY;
+  const entrance = entranceOf(state, tunnel.site);
+  if (!wayThrough(connection, tunnel) || !entrance || isReserve(state, entrance, now)) return never;
+  if (sameAddress(entrance.address, connection.remote.address)) return never;
+  const path = connection.paths.find((one) => one.kind === 'vpn' && one.detour === tunnel.key);
+  if (path && isLive(path)) return never;
+  return Math.max(path?.retryAt ?? 0, tunnel.suspendedUntil);
+}
+
 /** How many extra subflows it may have: the setting, or what the server took. */
 const limitOf = (state: State, connection: Connection): number =>
   connection.full ? Math.min(state.rules.maxPaths, livePaths(connection)) : state.rules.maxPaths;
@@ -219,7 +245,7 @@ export function survey(state: State, connection: Connection, now: number): { sit
     if (!isLive(path)) continue;
     const detour = path.detour ?? pathKey(path);
     const at = path.state === 'active' || path.state === 'backup' ? path.state : 'pending';
-    const known = state.detours.get(detour);
+    const known = carrierOf(state, path);
     present.push({ detour, name: known ? siteOf(known) : detour, state: at });
   }
   const candidates: Candidate[] = [];
@@ -230,6 +256,16 @@ export function survey(state: State, connection: Connection, now: number): { sit
     else {
       const { key, address, rttMs, rank } = detour;
       candidates.push({ key, name: siteOf(detour), address, rttMs, order: orderOf(state, 'nat', rank?.order ?? 0) });
+    }
+  }
+  for (const tunnel of state.tunnels.values()) {
+    const at = passableAt(state, connection, tunnel, now);
+    const entrance = entranceOf(state, tunnel.site);
+    if (at > now || !entrance) next = Math.min(next, at);
+    else {
+      const { key, rttMs } = tunnel;
+      const order = orderOf(state, 'vpn', entrance.rank?.order ?? 0);
+      candidates.push({ key, name: siteOf(entrance), address: entrance.address, rttMs, order });
     }
   }
   const rttMs = connection.book?.observation.flows.get(DIRECT)?.rttMs ?? 0;
@@ -265,7 +301,10 @@ export function carryOut(state: State, connection: Connection, decision: Decisio
   const { act, why } = decision;
   const key = decision.act === 'replace' ? decision.by : decision.detour;
   const path = connection.paths.find((one) => one.kind !== 'direct' && pathKey(one) === decision.detour && isLive(one));
-  const detour = state.detours.get(key) ?? sparesOf(state, connection).find((one) => one.key === key);
+  const tunnel = state.tunnels.get(key);
+  const detour =
+    state.detours.get(key) ??
+    (tunnel ? wayThrough(connection, tunnel) : sparesOf(state, connection).find((one) => one.key === key));
   switch (decision.act) {
     case 'add':
       if (!detour) return;

@@ -11,12 +11,14 @@ import {
 import {
   type Connection,
   type Event,
+  insideOf,
   isGone,
   ownsAddress,
   type Path,
   type Rules,
   type Spare,
   type State,
+  type Tunnel,
 } from './state.ts';
 
 /** Ways to the server itself besides the direct one, for which nobody has to grant anything. Pure. */
@@ -114,8 +116,16 @@ export function sparesOf(state: State, { home, remote, announced, paths: [direct
   for (const { name, index, v4, v6 } of state.links ?? []) {
     const local = remote.address.family === 4 ? v4 : v6;
     const used = local && (sameAddress(local, home) || (direct?.local && sameAddress(local, direct.local.address)));
-    if (local && !used && !isGone(state, local)) spares.push({ key: linkKey(name), local, remote, index });
+    if (local && !used && !isGone(state, local))
+      spares.push({ kind: 'spare', key: linkKey(name), local, remote, index });
   }
-  for (const at of announced.values()) spares.push({ key: announcedKey(at), local: home, remote: at });
+  for (const at of announced.values()) spares.push({ kind: 'spare', key: announcedKey(at), local: home, remote: at });
   return spares;
+}
+
+/** The way to the connection's server through a tunnel; null when there is none now. */
+export function wayThrough({ remote }: Connection, tunnel: Tunnel): Spare | null {
+  const carries = tunnel.state === 'up' || tunnel.state === 'suspended';
+  const local = carries ? insideOf(tunnel, remote.address.family) : null;
+  return local && { kind: 'vpn', key: tunnel.key, local, remote };
 }

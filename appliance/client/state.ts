@@ -85,8 +85,24 @@ export type Event =
       readonly rttMs: number;
       readonly epoch: bigint;
       readonly local: Address;
+      /** What tells its tunnels from those with another key; 0 or nothing while it offers none. */
+      readonly tunnels?: number;
     }
   | { readonly kind: 'detour-down'; readonly detour: string; readonly why: string }
+  /** The tunnel to that detour was just found to carry packets. At least one family has an address in it. */
+  | {
+      readonly kind: 'tunnel-up';
+      readonly site: string;
+      readonly v4: Address | null;
+      readonly v6: Address | null;
+      readonly rttMs: number;
+    }
+  /** It carries nothing, or could not be made; the shell goes on trying while it is wanted. */
+  | { readonly kind: 'tunnel-down'; readonly site: string; readonly why: string }
+  /** Its addresses are about to go: what runs from them has to end. */
+  | { readonly kind: 'tunnel-gone'; readonly site: string; readonly why: string }
+  /** Addresses of a predecessor's tunnels, which are gone. */
+  | { readonly kind: 'addresses-gone'; readonly addresses: readonly Address[] }
   | {
       readonly kind: 'lease-granted';
       readonly detour: string;
@@ -130,6 +146,11 @@ export type Command =
   /** A join failed: find out whether the lease still stands. */
   | { readonly kind: 'doubt-lease'; readonly detour: string; readonly server: Endpoint }
   | { readonly kind: 'release-lease'; readonly detour: string; readonly server: Endpoint }
+  /** Make a tunnel to a detour and keep it until released; one that is there is asked for anew. */
+  | { readonly kind: 'want-tunnel'; readonly site: string }
+  /** Find out whether it still carries anything. */
+  | { readonly kind: 'doubt-tunnel'; readonly site: string }
+  | { readonly kind: 'release-tunnel'; readonly site: string }
   /** Use it only when nothing else works, or again like any other (MP_PRIO). */
   | ({ readonly kind: 'set-backup'; readonly token: number; readonly backup: boolean } & Tuple)
   /** Read what the kernel has and report it as a `dump`. */
@@ -256,6 +277,8 @@ export type Rules = {
   /** Which further paths may be made; free places go to the kinds named first when `ordered`. */
   readonly kinds: readonly PathKind[];
   readonly ordered: boolean;
+  /** Tunnels only to detours whose leases are of no use on this network. */
+  readonly fallback?: boolean;
   /** Connections younger than this, from ESTABLISHED, are left alone; null: measured per destination. */
   readonly minAgeMs: number | null;
   /** Empty means every server. */
@@ -267,13 +290,13 @@ export type Rules = {
 
 export type PathState = 'requested' | 'joining' | 'active' | 'backup' | 'retired' | 'failed';
 
-/** Of further paths: leased from a detour, or to an address that the server announced. */
-export type PathKind = 'nat' | 'announced';
+/** Of further paths: leased from a detour, through a tunnel to one, or to an address that the server announced. */
+export type PathKind = 'nat' | 'vpn' | 'announced';
 
 export type Path = {
-  /** `spare`: to the server itself, without a lease, besides the direct path (spares.ts). */
-  readonly kind: 'direct' | 'nat' | 'spare';
-  /** Key of its detour, or of the spare; null for the direct path and for a join whose detour is not (or no longer) configured. */
+  /** `spare`: to the server itself, without a lease, besides the direct path (spares.ts); `vpn`: so, out of a tunnel. */
+  readonly kind: 'direct' | 'nat' | 'vpn' | 'spare';
+  /** Key of its detour, its tunnel or the spare; null for the direct path and for a join whose detour is not (or no longer) configured. */
   detour: string | null;
   /** The local address that it was last asked for from. */
   from: Address | null;
@@ -306,6 +329,7 @@ export type Path = {
 
 /** A way to the server itself besides the direct one; `key` is what the chooser, and what is remembered, calls it. */
 export type Spare = {
+  readonly kind: 'spare' | 'vpn';
   readonly key: string;
   readonly local: Address;
   readonly remote: Endpoint;
@@ -374,7 +398,46 @@ export type Connection = {
   ghostsUntil: number;
 };
 
-export type Detour = {
+/** What limits joins through a detour, by leases or by its tunnel. */
+export type Traffic = {
+  /** When its share of SYNs is used up to (GCRA, theoretical arrival time). */
+  synsUntil: number;
+  /** Joins in a row that nobody answered: a router drops them while this client has its share of flows. */
+  unansweredJoins: number;
+  /** Up to when turns are given to paths that wait for one. */
+  turnsUntil: number;
+  /** Servers to which joins through it failed since the last one that worked. */
+  readonly failedServers: Set<string>;
+  suspensions: number;
+  suspendedUntil: number;
+};
+
+export const noTraffic = (): Traffic => ({
+  synsUntil: 0,
+  unansweredJoins: 0,
+  turnsUntil: 0,
+  failedServers: new Set(),
+  suspensions: 0,
+  suspendedUntil: 0,
+});
+
+/** A tunnel to a detour; all addresses of one detour share it, and it carries both families. */
+export type Tunnel = Traffic & {
+  /** What the chooser, and what is remembered, calls it. */
+  readonly key: string;
+  /** The detour's name. */
+  readonly site: string;
+  state: 'asked' | 'up' | 'down' | 'suspended';
+  why: string;
+  /** This host's addresses inside it. */
+  v4: Address | null;
+  v6: Address | null;
+  rttMs: number | null;
+  /** Of the key that it was last asked for with; see `detour-up`. */
+  mark: number;
+};
+
+export type Detour = Traffic & {
   readonly key: string;
   name: string;
   readonly endpoint: Endpoint;
@@ -393,16 +456,10 @@ export type Detour = {
   upSince: number;
   /** It grants no new leases before this. */
   pausedUntil: number;
-  /** When its share of SYNs is used up to (GCRA, theoretical arrival time). */
-  synsUntil: number;
-  /** Joins in a row that nobody answered: a router drops them while this client has its share of flows. */
-  unansweredJoins: number;
-  /** Up to when turns are given to paths that wait for one. */
-  turnsUntil: number;
-  /** Servers to which joins through it failed since the last one that worked. */
-  readonly failedServers: Set<string>;
-  suspensions: number;
-  suspendedUntil: number;
+  /** See `detour-up`. */
+  tunnels: number;
+  /** Why its leases are of no use on this network; null as long as nothing speaks against them. */
+  useless: string | null;
 };
 
 export type Lease = {
@@ -471,6 +528,8 @@ export type State = {
   readonly detours: Map<string, Detour>;
   readonly connections: Map<number, Connection>;
   readonly leases: Map<string, Lease>;
+  /** By key. */
+  readonly tunnels: Map<string, Tunnel>;
   /** Leases nobody uses, the longest unused first, and since when. */
   readonly idle: Map<string, number>;
   /** Connections that must be looked at again, and when. */
@@ -512,6 +571,7 @@ export function initial(rules: Rules, seed: number): State {
     detours: new Map(),
     connections: new Map(),
     leases: new Map(),
+    tunnels: new Map(),
     idle: new Map(),
     due: new Map(),
     scouts: new Map(),
@@ -623,11 +683,29 @@ export const isNatural = (state: State, { via, address }: Detour): boolean => {
   return link === null || (address.family === 4 ? link?.natural4 : link?.natural6) === true;
 };
 
+export const isUp = ({ state }: Detour): boolean => state === 'up' || state === 'suspended';
+
+/**
+ * The address of a detour by which its tunnel is to be asked for, and made: the quickest that answers. Of those over chosen
+ * interfaces only one that packets take by themselves, because a tunnel cannot choose.
+ */
+export function entranceOf(state: State, site: string): Detour | undefined {
+  let best: Detour | undefined;
+  for (const detour of state.detours.values()) {
+    if (detour.name !== site || !isUp(detour) || detour.tunnels === 0 || !isNatural(state, detour)) continue;
+    if (!best || (detour.rttMs ?? Number.POSITIVE_INFINITY) < (best.rttMs ?? Number.POSITIVE_INFINITY)) best = detour;
+  }
+  return best;
+}
+
+/** The address that connections of a family have in a tunnel; null when it carries none of them. */
+export const insideOf = ({ v4, v6 }: Tunnel, family: 4 | 6): Address | null => (family === 4 ? v4 : v6);
+
 /** What the chooser takes for one detour: its addresses share a name, its interfaces do not. */
 export const siteOf = ({ name, via }: Detour): string => (via === null ? name : `${name}@${via}`);
 
-export const rttOf = (state: State, path: Path): number =>
-  (path.detour === null ? null : state.detours.get(path.detour)?.rttMs) ?? 0;
+export const rttOf = (state: State, { detour }: Path): number =>
+  (detour === null ? null : (state.detours.get(detour) ?? state.tunnels.get(detour))?.rttMs) ?? 0;
 
 export function remove(connection: Connection, path: Path): void {
   const at = connection.paths.indexOf(path);

@@ -18,7 +18,11 @@ export type Workload = {
 /** What a workload says of itself; null: as the agent's own settings say. */
 export type Wishes = {
   readonly targets: readonly DestinationRule[] | null;
-  readonly strategy: { readonly kinds: readonly PathKind[]; readonly ordered: boolean } | null;
+  readonly strategy: {
+    readonly kinds: readonly PathKind[];
+    readonly ordered: boolean;
+    readonly fallback?: boolean;
+  } | null;
   /** Whether its plain TCP sockets are to become Multipath TCP, where `DETOUR_MPTCPIFY` leaves that to workloads. */
   readonly mptcp: boolean | null;
 };
@@ -41,6 +45,10 @@ const OPTIONS = ['enable', 'targets', 'strategy', 'mptcp'] as const;
 
 /** A label is somebody else's text: enough of it to be recognised. */
 const LONGEST_QUOTE = 60;
+/** Each rule is looked at for each connection, so there is an end to them: some 200 fit. */
+const LONGEST_VALUE = 4_096;
+/** One slip may be in many labels, and one line each would drown what else the log has to say. */
+const MOST_COMPLAINTS = 5;
 
 /** Whether a workload asked to be served at all, whatever else is wrong with its labels. */
 export const isEnabled = (labels: Readonly<Record<string, string>>, prefix: string): boolean =>
@@ -54,10 +62,10 @@ export function readLabels(labels: Readonly<Record<string, string>>, prefix: str
     const text = labels[name]?.trim();
     if (text === undefined || text === '') return null;
     try {
+      if (text.length > LONGEST_VALUE) throw new Error(`is longer than ${LONGEST_VALUE} characters`);
       return reader(text);
     } catch (error) {
-      const quoted = JSON.stringify(text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE)}...` : text);
-      complaints.push(`${name}=${quoted}: ${error instanceof Error ? error.message : 'cannot be read'}`);
+      complaints.push(`${name}=${quote(text)}: ${error instanceof Error ? error.message : 'cannot be read'}`);
       return null;
     }
   };
@@ -72,12 +80,21 @@ export function readLabels(labels: Readonly<Record<string, string>>, prefix: str
     strategy: read('strategy', readers.strategy),
     mptcp: read('mptcp', readers.mptcp),
   };
+  const known = OPTIONS.map((option) => prefix + option);
   for (const name of Object.keys(labels)) {
-    if (!name.startsWith(prefix) || OPTIONS.some((option) => name === `${prefix}${option}`)) continue;
-    complaints.push(`${name}: is not known; there are ${OPTIONS.map((option) => prefix + option).join(', ')}`);
+    if (name.startsWith(prefix) && !known.includes(name))
+      complaints.push(`${quote(name)}: is not known; there are ${known.join(', ')}`);
   }
+  const left = complaints.length - MOST_COMPLAINTS;
+  if (left > 0) complaints.splice(MOST_COMPLAINTS, left, `and ${left} more`);
   return { enabled, wishes, complaints };
 }
+
+const quote = (text: string): string =>
+  JSON.stringify(text.length > LONGEST_QUOTE ? `${text.slice(0, LONGEST_QUOTE)}...` : text);
+
+/** That of somebody who only says "yes". */
+export const NO_WISHES: Wishes = { targets: null, strategy: null, mptcp: null };
 
 /** Whether two workloads would be served alike. */
 export const sameWishes = (a: Wishes, b: Wishes): boolean => describe(a) === describe(b);

@@ -20,8 +20,8 @@ export type Conntrack = {
   usage(): Promise<{ readonly used: number; readonly max: number } | null>;
   /** Flows that carry our mark: how many, and the first `most` of them. Null when they cannot be listed. */
   flows(fwmark: Fwmark, most: number): Promise<{ readonly count: number; readonly first: readonly Flow[] } | null>;
-  /** Ends the flows from `client` to our `port`; answers with how many. 0 as well when it cannot be done. */
-  cut(client: Address, port: number, fwmark: Fwmark): Promise<number>;
+  /** Ends the flows from `client` to our `port`, null: to anywhere; answers with how many. 0 as well when it cannot be done. */
+  cut(client: Address, port: number | null, fwmark: Fwmark): Promise<number>;
 };
 
 const LIST = '/proc/net/nf_conntrack';
@@ -59,8 +59,9 @@ export function systemConntrack(sysctl: Sysctl): Conntrack {
     },
     async cut(client, port, { mark, mask }) {
       const family = client.family === 4 ? 'ipv4' : 'ipv6';
-      const args = ['-D', '-f', family, '-p', 'tcp', '-s', formatAddress(client), '--orig-port-dst', `${port}`];
-      const result = await run([...args, '-m', `${mark}/${mask}`]);
+      const to = port === null ? [] : ['--orig-port-dst', `${port}`];
+      const args = ['-D', '-f', family, '-p', 'tcp', '-s', formatAddress(client), ...to, '-m', `${mark}/${mask}`];
+      const result = await run(args);
       return Number(/(\d+) flow entries have been deleted/.exec(result.stderr)?.[1] ?? 0);
     },
   };

@@ -18,7 +18,10 @@ export type Datagram = {
 export type DatagramServer = {
   /** Local endpoints now bound; follows address changes. */
   local(): readonly Endpoint[];
-  /** Sends `bytes` from `datagram.to` to `datagram.from`. Never throws: a lost answer is asked for again. */
+  /**
+   * Sends `bytes` from `datagram.to` to `datagram.from`; nothing when it does not listen there. Never throws: a lost answer is
+   * asked for again.
+   */
   reply(datagram: Datagram, bytes: Uint8Array): void;
   /** Stops receiving; resolves when the sockets are closed. */
   close(): Promise<void>;

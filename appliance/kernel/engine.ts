@@ -1,5 +1,5 @@
-import { createInterface } from 'node:readline';
 import Docker from 'dockerode';
+import { linesOf } from './lines.ts';
 
 /** The Docker engine of this host, as far as it knows who runs in which network namespace. Only reads. */
 
@@ -10,15 +10,18 @@ export type EngineContainer = {
   readonly labels: Readonly<Record<string, string>>;
   /** Of its first process, in the pid namespace of the engine. */
   readonly pid: number;
-  /** Another one for each time that it is started. */
-  readonly startedAt: string;
-  /** The file that keeps its network namespace; null when that is not its own. */
-  readonly sandbox: string | null;
-  /** The id or name of the container whose network it joined; null when none. */
-  readonly joined: string | null;
+  /** Another one for each time that it is started; milliseconds since 1970. */
+  readonly startedAt: number;
+  readonly network: ContainerNetwork;
 };
 
-export type EngineEvent = { readonly id: string; readonly what: 'started' | 'ended' };
+/** Whose network a container uses. */
+export type ContainerNetwork =
+  /** Its own, kept by this file. */
+  | { readonly kind: 'own'; readonly sandbox: string }
+  /** That of another container, by its id. */
+  | { readonly kind: 'joined'; readonly container: string }
+  | { readonly kind: 'host' };
 
 export type Engine = {
   /** Ids of the running containers that have a label of that name. @throws Error */
@@ -26,97 +29,102 @@ export type Engine = {
   /** Null when it does not run (any more). @throws Error when the engine does not answer */
   inspect(id: string): Promise<EngineContainer | null>;
   /**
-   * Hears of starts and ends of containers with that label, from when this resolves. `ended` is told, once, when the engine
-   * says no more; `close` ends it without telling.
+   * Hears the ids of containers with that label that started or ended, from when this resolves until `signal` or the engine ends
+   * it; then `ended` resolves, saying why.
    * @throws Error
    */
-  follow(
-    label: string,
-    each: (event: EngineEvent) => void,
-    ended: (why: string) => void,
-  ): Promise<{ readonly close: () => void }>;
+  follow(label: string, each: (id: string) => void, signal: AbortSignal): Promise<{ readonly ended: Promise<string> }>;
 };
 
-/** A socket that takes the question and says nothing. */
+/** A socket that takes the question and says nothing, or breaks off in the middle of the answer: the library would wait for ever. */
 const DEADLINE_MS = 10_000;
 const NOT_FOUND = 404;
 
+/** What failed requests carry: a status of the engine's, or a code of a system call. */
 type Failure = { readonly statusCode?: number; readonly code?: string; readonly message?: string };
 
 const isGone = (error: unknown): boolean => (error as Failure | null)?.statusCode === NOT_FOUND;
 
 /** The engine at a unix socket. @param socketPath absolute */
-export function dockerEngine(socketPath: string): Engine {
-  const docker = new Docker({ socketPath, timeout: DEADLINE_MS });
-  // Of its own, without a deadline: events may be rare.
-  const patient = new Docker({ socketPath });
-  const explained = async <T>(task: () => Promise<T>): Promise<T> => {
+export function dockerEngine(socketPath: string, deadlineMs = DEADLINE_MS): Engine {
+  const docker = new Docker({ socketPath });
+
+  /** Asks something that has to be answered soon. */
+  async function ask<T>(question: () => Promise<T>): Promise<T> {
+    const late = Promise.withResolvers<never>();
+    const timer = setTimeout(() => late.reject(new Error('it does not answer in time')), deadlineMs).unref();
     try {
-      return await task();
+      return await Promise.race([question(), late.promise]);
     } catch (error) {
       throw new Error(reasonOf(error, socketPath), { cause: error });
+    } finally {
+      clearTimeout(timer);
     }
-  };
+  }
+
   return {
     list: (label) =>
-      explained(async () => {
-        const found = await docker.listContainers({ filters: { label: [label], status: ['running'] } });
-        return found.map(({ Id }) => Id);
+      ask(async () => {
+        // A paused one still has its connections.
+        const filters = { label: [label], status: ['running', 'paused'] };
+        return (await docker.listContainers({ filters })).map(({ Id }) => Id);
       }),
     inspect: (id) =>
-      explained(async () => {
+      ask(async () => {
         try {
-          const { Id, Name, State, Config, NetworkSettings, HostConfig } = await docker.getContainer(id).inspect();
-          if (!State.Running) return null;
-          const mode = HostConfig.NetworkMode ?? '';
-          return {
-            id: Id,
-            name: Name.replace(/^\//, ''),
-            labels: Config.Labels ?? {},
-            pid: State.Pid,
-            startedAt: State.StartedAt,
-            sandbox: NetworkSettings.SandboxKey || null,
-            joined: /^container:(.+)$/.exec(mode)?.[1] ?? null,
-          };
+          return readContainer(await docker.getContainer(id).inspect());
         } catch (error) {
           if (isGone(error)) return null;
           throw error;
         }
       }),
-    follow: (label, each, ended) =>
-      explained(async () => {
-        const stream = await patient.getEvents({
-          filters: { type: ['container'], label: [label], event: ['start', 'die'] },
-        });
-        let open = true;
-        const finish = (why: string): void => {
-          if (open) ended(why);
-          open = false;
-        };
-        stream.on('error', (error) => finish(reasonOf(error, socketPath)));
-        stream.on('close', () => finish('the engine ended the conversation'));
-        createInterface({ input: stream }).on('line', (line) => {
-          const event = readEvent(line);
-          if (event && open) each(event);
-        });
-        return {
-          close() {
-            open = false;
-            // The type promises less than what comes: an http.IncomingMessage.
-            if ('destroy' in stream && typeof stream.destroy === 'function') stream.destroy();
-          },
-        };
-      }),
+    async follow(label, each, signal) {
+      const filters = { type: ['container' as const], label: [label], event: ['start', 'die'] };
+      // The library knows `abortSignal` here, too; its types do not, hence a variable.
+      const options = { filters, abortSignal: signal };
+      const stream = await ask(() => docker.getEvents(options));
+      const listen = async (): Promise<string> => {
+        try {
+          for await (const line of linesOf(stream)) {
+            const id = idIn(line);
+            if (id !== null && !signal.aborted) each(id);
+          }
+          return 'the engine ended the conversation';
+        } catch (error) {
+          return reasonOf(error, socketPath);
+        }
+      };
+      return { ended: listen() };
+    },
   };
 }
 
-/** One line of the engine's event stream; null for anything else. */
-function readEvent(line: string): EngineEvent | null {
+function readContainer(answer: Docker.ContainerInspectInfo): EngineContainer | null {
+  const { Id, Name, State, Config, NetworkSettings, HostConfig } = answer;
+  // While it waits to be started again, the engine says that it runs.
+  if (!State.Running || State.Restarting) return null;
+  const mode = HostConfig.NetworkMode ?? '';
+  const joined = /^container:(.+)$/.exec(mode)?.[1];
+  return {
+    id: Id,
+    name: Name.replace(/^\//, ''),
+    labels: Config.Labels ?? {},
+    pid: State.Pid,
+    startedAt: Date.parse(State.StartedAt),
+    network:
+      joined !== undefined
+        ? { kind: 'joined', container: joined }
+        : mode === 'host'
+          ? { kind: 'host' }
+          : { kind: 'own', sandbox: NetworkSettings.SandboxKey },
+  };
+}
+
+/** The container that a line of the engine's event stream is about; null for anything else. */
+function idIn(line: string): string | null {
   try {
-    const { Action, Actor } = JSON.parse(line) as { Action?: unknown; Actor?: { ID?: unknown } };
-    if (typeof Actor?.ID !== 'string') return null;
-    if (Action === 'start') return { id: Actor.ID, what: 'started' };
-    return Action === 'die' ? { id: Actor.ID, what: 'ended' } : null;
+    const { Actor } = JSON.parse(line) as { Actor?: { ID?: unknown } };
+    return typeof Actor?.ID === 'string' ? Actor.ID : null;
   } catch {
     return null;
   }

@@ -14,7 +14,7 @@ export type Memory = {
   forget(): Promise<void>;
 };
 
-const ELEMENT = /"([a-z_]+)" comment "([^"]*)"/g;
+const SET = 'remembered';
 /** Names are elements of a set of interface names (IFNAMSIZ is 16 with the closing zero), values their comments. */
 const NAME = /^[a-z_]{1,15}$/;
 const VALUE = /^[\w .=-]{1,120}$/;
@@ -25,11 +25,15 @@ export function nftMemory(nft: Nft, table: string): Memory {
     new Fatal(69, `cannot ${what} table inet ${table}: ${remedyOf(failure)}`);
   return {
     async recall() {
-      const lines: string[] = [];
-      const failure = await nft.list(['list', 'table', 'inet', table], (line) => lines.push(line));
+      const values = new Map<string, string>();
+      // Not by a run of nft, which takes 20 times as long: an agent with many namespaces leaves all of them at once.
+      const failure = await nft.dump(table, SET, ({ key, comment }) => {
+        const name = Buffer.from(key).toString('latin1').replace(/\0.*$/s, '');
+        if (comment !== null) values.set(name, comment);
+      });
       if (failure?.kind === 'absent') return null;
       if (failure) throw failed('read', failure);
-      return new Map([...lines.join(' ').matchAll(ELEMENT)].map(([, name = '', value = '']) => [name, value]));
+      return values;
     },
     async remember(values) {
       const elements = [...values].map(([name, value]) => {
@@ -40,8 +44,8 @@ export function nftMemory(nft: Nft, table: string): Memory {
       const failure = await nft.run(
         `create table inet ${table}\n` +
           // `typeof`: see router/ruleset.ts, an older nft on the host crashes over `type`.
-          `create set inet ${table} remembered { typeof iifname; }\n` +
-          `create element inet ${table} remembered { ${elements.join(', ')} }\n`,
+          `create set inet ${table} ${SET} { typeof iifname; }\n` +
+          `create element inet ${table} ${SET} { ${elements.join(', ')} }\n`,
       );
       if (failure && failure.kind !== 'exists') throw failed('write', failure);
     },

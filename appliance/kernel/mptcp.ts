@@ -1,5 +1,6 @@
 import { Fatal } from '../exit.ts';
 import { type Address, type Endpoint, readAddress } from '../protocol/address.ts';
+import { GENERIC_HEADER_BYTES, genericHeader, resolveFamily } from './genetlink.ts';
 import type { Namespace } from './namespaces.ts';
 import {
   address4,
@@ -76,11 +77,6 @@ export type SubflowLimit = {
   write(subflows: number): Promise<void>;
 };
 
-const CTRL_FAMILY = 16;
-const CTRL_GETFAMILY = 3;
-const CTRL_ATTRIBUTE = { ID: 1, NAME: 2, GROUPS: 7 } as const;
-const GROUP_ATTRIBUTE = { NAME: 1, ID: 2 } as const;
-const GENL_HEADER_BYTES = 4;
 const FAMILY = 'mptcp_pm';
 const EVENT_GROUP = 'mptcp_pm_events';
 const COMMAND = { SET_LIMITS: 5, GET_LIMITS: 6, SET_FLAGS: 7, SUBFLOW_CREATE: 10, SUBFLOW_DESTROY: 11 } as const;
@@ -128,7 +124,9 @@ export async function openPathManager(namespace: Namespace, onEvent: (event: Pat
   const commands = openNetlink(PROTOCOL.GENERIC, { namespace });
   let events: NetlinkSocket | null = null;
   try {
-    const { family, group } = await resolveFamily(commands);
+    const { id: family, groups } = await resolveFamily(commands, FAMILY);
+    const group = groups.get(EVENT_GROUP);
+    if (group === undefined) throw new NetlinkError(`looking for the events of ${FAMILY}`, 'ENOENT');
     // A socket of its own: answers to commands and floods of events must not crowd each other out.
     events = openNetlink(PROTOCOL.GENERIC, {
       namespace,
@@ -142,7 +140,7 @@ export async function openPathManager(namespace: Namespace, onEvent: (event: Pat
     events.join(group);
     const subscription = events;
     const command = async (what: string, number: number, ...attributes: Buffer[]): Promise<void> => {
-      await commands.request(what, family, Buffer.concat([genlHeader(number), ...attributes]));
+      await commands.request(what, family, Buffer.concat([genericHeader(number), ...attributes]));
     };
     return {
       subflowCreate: ({ token, localId, local, remote, backup, index }) =>
@@ -191,8 +189,8 @@ export function subflowLimit(namespace: Namespace): SubflowLimit {
   const ask = async (what: string, number: number, ...attributes: Buffer[]): Promise<Buffer> => {
     const socket = openNetlink(PROTOCOL.GENERIC, { namespace });
     try {
-      const { family } = await resolveFamily(socket);
-      const [answer] = await socket.request(what, family, Buffer.concat([genlHeader(number), ...attributes]));
+      const { id } = await resolveFamily(socket, FAMILY);
+      const [answer] = await socket.request(what, id, Buffer.concat([genericHeader(number), ...attributes]));
       return answer ?? Buffer.alloc(0);
     } catch (error) {
       throw explain(error);
@@ -203,7 +201,7 @@ export function subflowLimit(namespace: Namespace): SubflowLimit {
   return {
     async read() {
       const answer = await ask('reading the limit of subflows', COMMAND.GET_LIMITS);
-      return integer(readAttributes(answer, GENL_HEADER_BYTES).get(ATTRIBUTE.SUBFLOWS)) ?? 0;
+      return integer(readAttributes(answer, GENERIC_HEADER_BYTES).get(ATTRIBUTE.SUBFLOWS)) ?? 0;
     },
     async write(subflows) {
       await ask('changing the limit of subflows', COMMAND.SET_LIMITS, attribute(ATTRIBUTE.SUBFLOWS, u32(subflows)));
@@ -230,28 +228,6 @@ function explain(error: unknown): unknown {
   return error;
 }
 
-async function resolveFamily(socket: NetlinkSocket): Promise<{ family: number; group: number }> {
-  const what = `looking for the ${FAMILY} family`;
-  const [answer] = await socket.request(
-    what,
-    CTRL_FAMILY,
-    Buffer.concat([genlHeader(CTRL_GETFAMILY), attribute(CTRL_ATTRIBUTE.NAME, Buffer.from(`${FAMILY}\0`))]),
-  );
-  const attributes = readAttributes(answer ?? Buffer.alloc(0), GENL_HEADER_BYTES);
-  const family = integer(attributes.get(CTRL_ATTRIBUTE.ID));
-  for (const nest of readAttributes(attributes.get(CTRL_ATTRIBUTE.GROUPS) ?? Buffer.alloc(0)).values()) {
-    const group = readAttributes(nest);
-    const id = integer(group.get(GROUP_ATTRIBUTE.ID));
-    if (group.get(GROUP_ATTRIBUTE.NAME)?.toString('latin1') === `${EVENT_GROUP}\0` && id !== null && family !== null) {
-      return { family, group: id };
-    }
-  }
-  throw new NetlinkError(what, 'ENOENT');
-}
-
-/** `struct genlmsghdr`: command, version, two reserved bytes. */
-const genlHeader = (command: number): Buffer => Buffer.of(command, 1, 0, 0);
-
 function address(value: Address): Buffer[] {
   const bytes = Buffer.alloc(value.family === 4 ? 4 : 16);
   let rest = value.value;
@@ -273,7 +249,7 @@ const endpoint = (value: Endpoint): Buffer[] => [
 
 /** Reads one event; null for kinds this program does not know, or that lack what they must have. */
 export function decodeEvent(payload: Buffer): PathEvent | null {
-  const attributes = readAttributes(payload, GENL_HEADER_BYTES);
+  const attributes = readAttributes(payload, GENERIC_HEADER_BYTES);
   const token = integer(attributes.get(IN_EVENT.TOKEN));
   const remoteId = integer(attributes.get(IN_EVENT.REM_ID)) ?? 0;
   const local = eventEndpoint(attributes, IN_EVENT.SADDR4, IN_EVENT.SADDR6, IN_EVENT.SPORT);

@@ -1,4 +1,4 @@
-import { closeSync, openSync, statSync } from 'node:fs';
+import { closeSync, fstatSync, openSync, statSync } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import koffi from 'koffi';
 
@@ -64,28 +64,27 @@ export const ownNamespace: Namespace = {
 export async function openNamespace(path: string): Promise<Namespace> {
   // Threads inherit the namespace of whoever makes them, so libuv's pool has to exist before anybody steps elsewhere.
   await stat(OWN).catch(() => undefined);
-  let there: number;
+  let file: number;
   try {
-    there = openSync(path, 'r');
+    file = openSync(path, 'r');
   } catch (error) {
     throw new NamespaceError(`opening ${path}`, codeOf(error));
   }
-  const close = (): void => closeSync(there);
+  let there: number;
   try {
-    const its = statSync(`/proc/self/fd/${there}`, { bigint: true });
-    const namespace = {
-      id: idOf(its),
-      inode: Number(its.ino),
-      within: <T>(task: () => T): T => inside(there, path, task),
-      close,
-    };
-    // Whether it may be entered at all shows now, and not in the middle of something.
-    namespace.within(() => undefined);
-    return namespace;
-  } catch (error) {
-    close();
-    throw error;
+    // Held by a file of the kernel's own from now on: with this one open, what is mounted there could not be unmounted by its owner.
+    // Whether it may be entered at all shows here, too, and not in the middle of something.
+    there = inside(file, path, () => openSync(OWN, 'r'));
+  } finally {
+    closeSync(file);
   }
+  const its = fstatSync(there, { bigint: true });
+  return {
+    id: idOf(its),
+    inode: Number(its.ino),
+    within: (task) => inside(there, path, task),
+    close: () => closeSync(there),
+  };
 }
 
 function inside<T>(there: number, path: string, task: () => T): T {

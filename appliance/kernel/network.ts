@@ -1,4 +1,5 @@
-import { type Address, readAddress, writeAddress } from '../protocol/address.ts';
+import { type Address, readAddress } from '../protocol/address.ts';
+import { addressBytes, OWNER } from './links.ts';
 import type { Namespace } from './namespaces.ts';
 import { attribute, integer, NetlinkError, openNetlink, PROTOCOL, readAttributes } from './netlink.ts';
 
@@ -72,6 +73,7 @@ const ROUTE = {
   BYTES: 12,
   TO_LENGTH: 1,
   FROM_LENGTH: 2,
+  PROTOCOL: 5,
   TYPE: 7,
   TO: 1,
   FROM: 2,
@@ -82,6 +84,8 @@ const ROUTE = {
 } as const;
 const ROUTE_TABLE = 4;
 const TABLE_MAIN = 254;
+/** struct fib_rule_hdr */
+const RULE = { BYTES: 12, PROTOCOL: 21 } as const;
 /** struct rtnexthop */
 const HOP = { BYTES: 8, INDEX: 4 } as const;
 const ROUTE_UNICAST = 1;
@@ -94,7 +98,7 @@ const AF_INET6 = 10;
 /**
  * What a notification may change: `way`, where packets of this host go; `link`, which may have changed the usable
  * addresses, or have been one of many on a host of containers. Null for local and link-local entries, which come with
- * every one of those.
+ * every one of those, and for what this program made.
  */
 export function newsOf(type: number, payload: Buffer): NetworkNews | null {
   switch (type) {
@@ -103,7 +107,7 @@ export function newsOf(type: number, payload: Buffer): NetworkNews | null {
       return 'link';
     case MESSAGE.NEWRULE:
     case MESSAGE.DELRULE:
-      return 'way';
+      return readAttributes(payload, RULE.BYTES).get(RULE.PROTOCOL)?.[0] === OWNER ? null : 'way';
     case MESSAGE.NEWADDR:
     case MESSAGE.DELADDR:
       return payload.length >= HELD.BYTES && (payload[HELD.SCOPE] ?? 0) < SCOPE_LINK ? 'link' : null;
@@ -111,6 +115,7 @@ export function newsOf(type: number, payload: Buffer): NetworkNews | null {
     case MESSAGE.DELROUTE: {
       if (payload.length < ROUTE.BYTES) return null;
       const kind = payload[ROUTE.TYPE] ?? 0;
+      if (payload[ROUTE.PROTOCOL] === OWNER) return null;
       if (kind !== ROUTE_UNICAST && kind < ROUTE_BLACKHOLE) return null;
       const to = readAttributes(payload, ROUTE.BYTES).get(ROUTE.TO);
       // fe80::/10 and ff00::/8
@@ -212,12 +217,6 @@ const addressOf = (bytes: Buffer | undefined): Address | null => {
   if (bytes?.length === 4) return { family: 4, value: BigInt(bytes.readUInt32BE()) };
   return bytes?.length === 16 ? readAddress(bytes) : null;
 };
-
-function addressBytes(address: Address): Buffer {
-  const bytes = Buffer.alloc(16);
-  writeAddress(address, bytes);
-  return address.family === 4 ? bytes.subarray(12) : bytes;
-}
 
 /** One record of RTM_GETADDR; null when packets cannot leave from it, or not across a link. */
 export function readHeld(record: Buffer): Omit<InterfaceAddress, 'interface'> | null {

@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { execa } from 'execa';
+import pLimit from 'p-limit';
 import { type MapElement, openElements, readMap } from './elements.ts';
 import { type Namespace, ownNamespace } from './namespaces.ts';
 import { NetlinkError } from './netlink.ts';
@@ -155,6 +156,12 @@ function netlinkFailure(error: unknown): NftFailure {
   return { kind: 'rejected', message };
 }
 
+/**
+ * So many runs at a time in this process. A run mostly waits for the kernel, and an agent that leaves 200 namespaces wants all of
+ * them at once: as many processes would take a gigabyte.
+ */
+const abreast = pLimit(8);
+
 export type NftOptions = {
   /** Whose tables; this process's own when absent. */
   readonly namespace?: Namespace;
@@ -229,8 +236,10 @@ export function systemNft({
     run: (commands) =>
       serialised(async () => {
         if (resident && commands.length <= LONGEST_LINE) return runLine(commands.trim().replaceAll('\n', '; '));
-        const process = namespace.within(() => execa(program, ['-f', '-'], { ...options, input: commands }));
-        return failureOf(await process, program);
+        return abreast(async () => {
+          const process = namespace.within(() => execa(program, ['-f', '-'], { ...options, input: commands }));
+          return failureOf(await process, program);
+        });
       }),
     list: (args, line) => serialised(() => read(args, line)),
     dump: (table, map, each) =>

@@ -1,5 +1,5 @@
 import { createHmac, createSecretKey, hkdfSync, type KeyObject, timingSafeEqual } from 'node:crypto';
-import { type Endpoint, readAddress, writeAddress } from './address.ts';
+import { type Address, type Endpoint, readAddress, writeAddress } from './address.ts';
 
 /** Control protocol v2: the bytes, and nothing that needs a clock, a socket or a secret store. Layout: docs/protocol.md. */
 
@@ -14,7 +14,12 @@ export const PROTOCOL_TCP = 6;
 export const COOKIE_BYTES = 16;
 export const SECRET_BYTES = 32;
 
-export const TYPE = { HELLO: 1, LEASE: 2, RELEASE: 3, PING: 4 } as const;
+export const TYPE = { HELLO: 1, LEASE: 2, RELEASE: 3, PING: 4, TUNNEL: 5 } as const;
+
+/** In the flags of TUNNEL and RELEASE: bytes 48 to 79 are a WireGuard public key, not a destination. */
+export const FLAG_PEER = 1;
+/** Of WireGuard (Curve25519). */
+export const PUBLIC_KEY_BYTES = 32;
 
 export const RESULT = {
   OK: 0,
@@ -78,9 +83,41 @@ export type Request = {
   readonly suggestedPort: number;
   /** IP protocol of the destination: `PROTOCOL_TCP`, or 0 without one. */
   readonly protocol: number;
+  /** In TUNNEL and RELEASE with `FLAG_PEER`, where there is no destination. */
+  readonly peer?: Peer;
 };
 
-export type Response = {
+/** A client's end of a tunnel. */
+export type Peer = {
+  /** `PUBLIC_KEY_BYTES` long. */
+  readonly publicKey: Uint8Array;
+  /** Which of the addresses that the router has for this key; 0 to 65,535, the first that suits the client. 0 in RELEASE. */
+  readonly choice: number;
+};
+
+/** What an OK to TUNNEL says: without `FLAG_PEER` the router's end, with it the client's addresses. */
+export type TunnelGrant =
+  | {
+      readonly kind: 'router';
+      readonly publicKey: Uint8Array;
+      /** UDP port of the tunnels. */
+      readonly port: number;
+      /** UDP port of this protocol inside them, which may be another one outside. */
+      readonly control: number;
+    }
+  | {
+      readonly kind: 'client';
+      /** Of each family that the tunnel carries. `length` is of the tunnel's network, whose first address is the router's. */
+      readonly v6: TunnelAddress | null;
+      readonly v4: TunnelAddress | null;
+      /** Largest packet inside the tunnel, bytes; 0: the client may choose. */
+      readonly mtu: number;
+      readonly cookie: Uint8Array;
+    };
+export type TunnelAddress = { readonly address: Address; readonly length: number };
+
+/** What every answer begins with. */
+type Head = {
   readonly type: number;
   readonly result: number;
   readonly keyId: number;
@@ -91,13 +128,26 @@ export type Response = {
   readonly uptime: number;
   /** Lifetime granted, or retry-after with a refusal; seconds. */
   readonly lifetime: number;
+};
+
+/** Every answer but an OK to TUNNEL. */
+export type Response = Head & {
   /** The client as the router saw it. */
   readonly observed: Endpoint;
   readonly port: number;
   readonly capabilityPort: number;
+  /** `tunnelMark` of the router's WireGuard key; 0 when it offers no tunnels. */
   readonly flags: number;
   readonly cookie: Uint8Array;
 };
+
+/** An OK to TUNNEL. */
+export type TunnelResponse = Head & { readonly tunnel: TunnelGrant };
+
+/** 16 bits that tell one WireGuard key of a router from the next: a client sees in any answer that its tunnel has no other end. */
+export function tunnelMark(publicKey: Uint8Array): number {
+  return view(publicKey).getUint16(0) || 1;
+}
 
 /** Why a datagram is no request of this version; each a counter of the router. */
 export type Malformation = 'length' | 'magic' | 'version' | 'reserved';
@@ -140,12 +190,17 @@ export function encodeRequest(request: Request, keys: Keys): Uint8Array {
   data.setUint32(40, request.lifetime);
   data.setUint8(44, request.vmin);
   data.setUint8(45, request.vmax);
-  if (request.destination) {
-    writeAddress(request.destination.address, bytes, 48);
-    data.setUint16(64, request.destination.port);
+  if (request.peer) {
+    data.setUint16(46, request.peer.choice);
+    bytes.set(request.peer.publicKey, 48);
+  } else {
+    if (request.destination) {
+      writeAddress(request.destination.address, bytes, 48);
+      data.setUint16(64, request.destination.port);
+    }
+    data.setUint16(66, request.suggestedPort);
+    data.setUint8(68, request.protocol);
   }
-  data.setUint16(66, request.suggestedPort);
-  data.setUint8(68, request.protocol);
   bytes.set(mac(keys.c2s, bytes.subarray(0, MAC_OFFSET)), MAC_OFFSET);
   return bytes;
 }
@@ -159,10 +214,15 @@ export function decodeRequest(bytes: Uint8Array): Request | Malformation {
   const data = view(bytes);
   if (data.getUint8(0) !== MAGIC) return 'magic';
   if (data.getUint8(1) !== VERSION) return 'version';
-  if (data.getUint16(46) !== 0 || !isZero(bytes.subarray(69, MAC_OFFSET))) return 'reserved';
+  const [type, flags, choice] = [data.getUint8(2), data.getUint8(3), data.getUint16(46)];
+  const hasPeer = flags === FLAG_PEER && (type === TYPE.TUNNEL || type === TYPE.RELEASE);
+  if (choice !== 0 && !(hasPeer && type === TYPE.TUNNEL)) return 'reserved';
+  if (!hasPeer && !isZero(bytes.subarray(69, MAC_OFFSET))) return 'reserved';
+  const destination =
+    hasPeer || isZero(bytes.subarray(48, 66)) ? null : { address: readAddress(bytes, 48), port: data.getUint16(64) };
   return {
-    type: data.getUint8(2),
-    flags: data.getUint8(3),
+    type,
+    flags,
     keyId: data.getUint32(4),
     session: data.getBigUint64(8),
     sequence: data.getBigUint64(16),
@@ -170,9 +230,10 @@ export function decodeRequest(bytes: Uint8Array): Request | Malformation {
     lifetime: data.getUint32(40),
     vmin: data.getUint8(44),
     vmax: data.getUint8(45),
-    destination: isZero(bytes.subarray(48, 66)) ? null : { address: readAddress(bytes, 48), port: data.getUint16(64) },
-    suggestedPort: data.getUint16(66),
-    protocol: data.getUint8(68),
+    destination,
+    suggestedPort: hasPeer ? 0 : data.getUint16(66),
+    protocol: hasPeer ? 0 : data.getUint8(68),
+    ...(hasPeer ? { peer: { publicKey: new Uint8Array(bytes.subarray(48, MAC_OFFSET)), choice } } : {}),
   };
 }
 
@@ -181,43 +242,69 @@ export function requestIsAuthentic(bytes: Uint8Array, keys: Keys): boolean {
   return timingSafeEqual(mac(keys.c2s, bytes.subarray(0, MAC_OFFSET)), macOf(bytes));
 }
 
-/** Writes the answer to `request` (its bytes: the MAC binds the answer to exactly that question). */
-export function encodeResponse(response: Response, keys: Keys, request: Uint8Array): Uint8Array {
+function encodeHead(head: Head): { bytes: Uint8Array; data: DataView } {
   const bytes = new Uint8Array(MESSAGE_BYTES);
   const data = view(bytes);
   data.setUint8(0, MAGIC);
   data.setUint8(1, VERSION);
-  data.setUint8(2, response.type | RESPONSE_BIT);
-  data.setUint8(3, response.result);
-  data.setUint32(4, response.keyId);
-  data.setBigUint64(8, response.session);
-  data.setBigUint64(16, response.sequence);
-  data.setBigUint64(24, response.epoch);
-  data.setUint32(32, response.uptime);
-  data.setUint32(36, response.lifetime);
-  writeAddress(response.observed.address, bytes, 40);
-  data.setUint16(56, response.observed.port);
-  data.setUint16(58, response.port);
-  data.setUint16(60, response.capabilityPort);
-  data.setUint16(62, response.flags);
-  bytes.set(response.cookie, 64);
+  data.setUint8(2, head.type | RESPONSE_BIT);
+  data.setUint8(3, head.result);
+  data.setUint32(4, head.keyId);
+  data.setBigUint64(8, head.session);
+  data.setBigUint64(16, head.sequence);
+  data.setBigUint64(24, head.epoch);
+  data.setUint32(32, head.uptime);
+  data.setUint32(36, head.lifetime);
+  return { bytes, data };
+}
+
+/** Writes the answer to `request` (its bytes: the MAC binds the answer to exactly that question). */
+export function encodeResponse(response: Response | TunnelResponse, keys: Keys, request: Uint8Array): Uint8Array {
+  const { bytes, data } = encodeHead(response);
+  if ('tunnel' in response) writeGrant(response.tunnel, bytes, data);
+  else {
+    writeAddress(response.observed.address, bytes, 40);
+    data.setUint16(56, response.observed.port);
+    data.setUint16(58, response.port);
+    data.setUint16(60, response.capabilityPort);
+    data.setUint16(62, response.flags);
+    bytes.set(response.cookie, 64);
+  }
   bytes.set(mac(keys.s2c, bytes.subarray(0, MAC_OFFSET), macOf(request)), MAC_OFFSET);
   return bytes;
 }
 
+function writeGrant(grant: TunnelGrant, bytes: Uint8Array, data: DataView): void {
+  if (grant.kind === 'router') {
+    bytes.set(grant.publicKey, 40);
+    data.setUint16(72, grant.port);
+    data.setUint16(74, grant.control);
+    return;
+  }
+  const { v6, v4, mtu, cookie } = grant;
+  if (v6) writeAddress(v6.address, bytes, 40);
+  if (v4) data.setUint32(56, Number(v4.address.value));
+  data.setUint8(60, v6?.length ?? 0);
+  data.setUint8(61, v4?.length ?? 0);
+  data.setUint16(62, mtu);
+  bytes.set(cookie, 64);
+}
+
 /**
- * Reads the answer to `request`. Null for anything else: garbage, an answer to another question, a forgery.
+ * Reads the answer to `request`. Null for anything else: garbage, an answer to another question, a forgery, a grant of
+ * addresses that are none.
  */
-export function decodeResponse(bytes: Uint8Array, keys: Keys, request: Uint8Array): Response | null {
+export function decodeAnswer(bytes: Uint8Array, keys: Keys, request: Uint8Array): Response | TunnelResponse | null {
   if (bytes.length !== MESSAGE_BYTES) return null;
   const data = view(bytes);
   if (data.getUint8(0) !== MAGIC || data.getUint8(1) !== VERSION) return null;
-  if (data.getUint8(2) !== (view(request).getUint8(2) | RESPONSE_BIT)) return null;
+  const [type, flags] = [view(request).getUint8(2), view(request).getUint8(3)];
+  if (data.getUint8(2) !== (type | RESPONSE_BIT)) return null;
   // Key id, session and sequence are echoed; compared before the MAC because it is cheaper.
   if (!Buffer.from(bytes.subarray(4, 24)).equals(request.subarray(4, 24))) return null;
   if (!timingSafeEqual(mac(keys.s2c, bytes.subarray(0, MAC_OFFSET), macOf(request)), macOf(bytes))) return null;
-  return {
-    type: data.getUint8(2) & ~RESPONSE_BIT,
+  const head: Head = {
+    type,
     result: data.getUint8(3),
     keyId: data.getUint32(4),
     session: data.getBigUint64(8),
@@ -225,10 +312,42 @@ export function decodeResponse(bytes: Uint8Array, keys: Keys, request: Uint8Arra
     epoch: data.getBigUint64(24),
     uptime: data.getUint32(32),
     lifetime: data.getUint32(36),
+  };
+  if (type === TYPE.TUNNEL && head.result === RESULT.OK) {
+    const tunnel = readGrant(flags, bytes, data);
+    return tunnel && { ...head, tunnel };
+  }
+  return {
+    ...head,
     observed: { address: readAddress(bytes, 40), port: data.getUint16(56) },
     port: data.getUint16(58),
     capabilityPort: data.getUint16(60),
     flags: data.getUint16(62),
     cookie: bytes.slice(64, 80),
   };
+}
+
+/** As `decodeAnswer`, for who asks for no tunnels. */
+export function decodeResponse(bytes: Uint8Array, keys: Keys, request: Uint8Array): Response | null {
+  const answer = decodeAnswer(bytes, keys, request);
+  return answer && 'tunnel' in answer ? null : answer;
+}
+
+function readGrant(flags: number, bytes: Uint8Array, data: DataView): TunnelGrant | null {
+  if (flags !== FLAG_PEER) {
+    const [port, control] = [data.getUint16(72), data.getUint16(74)];
+    if (port === 0 || control === 0) return null;
+    return { kind: 'router', publicKey: new Uint8Array(bytes.subarray(40, 72)), port, control };
+  }
+  const first = readAddress(bytes, 40);
+  const v6 = first.family === 6 ? tunnelAddress(first, data.getUint8(60)) : undefined;
+  const v4 = tunnelAddress({ family: 4, value: BigInt(data.getUint32(56)) }, data.getUint8(61));
+  if (v6 === undefined || v4 === undefined || (v6 === null && v4 === null)) return null;
+  return { kind: 'client', v6, v4, mtu: data.getUint16(62), cookie: bytes.slice(64, 80) };
+}
+
+/** Null without an address; undefined for one in no network that has room for two ends. */
+function tunnelAddress(address: Address, length: number): TunnelAddress | null | undefined {
+  if (address.value === 0n && length === 0) return null;
+  return length >= 1 && length < (address.family === 4 ? 32 : 128) - 1 ? { address, length } : undefined;
 }

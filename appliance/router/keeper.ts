@@ -10,8 +10,11 @@ import type { RouterSettings } from '../settings.ts';
 import { type Ask, GRACE, type Lease, Leases, type Owner, type Subject, type Write } from './leases.ts';
 import type { Notices } from './notices.ts';
 import type { Rules } from './policy.ts';
-import type { Element, RulesetConfig } from './ruleset.ts';
+import type { Element, RulesetConfig, TunnelElement } from './ruleset.ts';
 import { Table } from './table.ts';
+
+/** The interface of the tunnels. There is one router in a network namespace. */
+export const TUNNEL_INTERFACE = 'detour-vpn';
 
 /** What the keeper of the table needs of the outside. */
 export type KeeperPorts = {
@@ -68,6 +71,8 @@ export class Keeper {
   readonly #settings: Omit<RouterSettings, 'keys'>;
   readonly #ports: KeeperPorts;
   readonly #notices: Notices;
+  /** Called after somebody else's change of the rules was undone. */
+  onRestored: () => void = () => undefined;
   readonly #table: Table;
   readonly #leases: Leases;
   readonly #facts = new Map<string, string>();
@@ -201,6 +206,31 @@ export class Keeper {
       );
     }
     this.#wake();
+  }
+
+  /**
+   * Changes what else the table holds, in a transaction of its own between those of leases. Where the table is gone altogether
+   * it is put back first.
+   */
+  async change(text: string): Promise<NftFailure | null> {
+    let failure: NftFailure | null = null;
+    await this.#exclusively(async () => {
+      failure = await this.#table.change(text);
+      if (failure?.kind === 'absent') {
+        await this.#restore('absent');
+        failure = await this.#table.change(text);
+      }
+      if (failure) this.#blame(failure);
+    });
+    return failure;
+  }
+
+  /** The addresses inside tunnels that the kernel lets through. Where the table is gone altogether it is put back first. */
+  async tunnels(): Promise<readonly (TunnelElement | null)[] | NftFailure> {
+    const found = await this.#table.tunnels();
+    if (!('kind' in found) || found.kind !== 'absent') return found;
+    await this.#exclusively(() => this.#restore('absent'));
+    return this.#table.tunnels();
   }
 
   /** Accepts these keys from now on. A revoked one takes its leases and its flows with it, even when its id comes back. */
@@ -493,7 +523,9 @@ export class Keeper {
       return;
     }
     const restored = await this.#compare();
+    this.#notices.count('rules_restored');
     this.#ports.log.warn('rules-restored', { found: what, leases: restored }, 'somebody changed our rules; restored');
+    this.onRestored();
   }
 
   /** Removes what the kernel has and we do not, and puts there what it lacks. Answers with how many it lacked. */
@@ -527,6 +559,7 @@ export class Keeper {
       keyIds: [...this.#keyIds],
       rules: this.#rules,
       timeouts: this.#timeouts,
+      vpn: this.#settings.vpn && TUNNEL_INTERFACE,
     };
     const outcome = await this.#table.install(config);
     if ('kind' in outcome) return outcome;

@@ -8,15 +8,18 @@ import { systemConntrack } from '../kernel/conntrack.ts';
 import { udpDatagrams } from '../kernel/datagrams.ts';
 import { type Firewall, systemFirewall } from '../kernel/firewall.ts';
 import { ensureForwarding, restoreForwarding } from '../kernel/forwarding.ts';
+import { openLinks } from '../kernel/links.ts';
 import { tcpListeners } from '../kernel/listeners.ts';
 import { type NftFailure, remedyOf, systemNft } from '../kernel/nft.ts';
 import { procSysctl, type Sysctl } from '../kernel/sysctl.ts';
+import { openWireguard } from '../kernel/wireguard.ts';
 import type { Log } from '../log.ts';
 import type { PortRange } from '../protocol/address.ts';
 import type { RouterSettings } from '../settings.ts';
 import type { RunningDaemon } from '../status/daemon.ts';
 import { VERSION } from '../version.ts';
-import type { Facts, Forwarding } from './keeper.ts';
+import type { TunnelPorts } from './gateway.ts';
+import { type Facts, type Forwarding, TUNNEL_INTERFACE } from './keeper.ts';
 import { Router } from './server.ts';
 import { Table } from './table.ts';
 
@@ -109,6 +112,22 @@ function upkeep(
   };
 }
 
+function openTunnels(): TunnelPorts {
+  const links = openLinks();
+  return { links, wireguard: openWireguard(links) };
+}
+
+/** Takes away what a router with tunnels left. Its own name and kind tell it. */
+async function removeTunnels(): Promise<void> {
+  const { links, wireguard } = openTunnels();
+  try {
+    await wireguard.remove(TUNNEL_INTERFACE);
+  } finally {
+    wireguard.close();
+    links.close();
+  }
+}
+
 function metricsOf(router: Router): Registry {
   const metrics = new Registry();
   const registers = [metrics];
@@ -120,6 +139,16 @@ function metricsOf(router: Router): Registry {
       this.set(router.leaseCount);
     },
   });
+  if (router.tunnelCount !== null) {
+    new Gauge({
+      name: 'detour_router_tunnels',
+      help: 'Tunnels granted now.',
+      registers,
+      collect() {
+        this.set(router.tunnelCount ?? 0);
+      },
+    });
+  }
   new Counter({
     name: 'detour_router_datagrams_total',
     help: 'Control datagrams and internal events by what became of them.',
@@ -164,7 +193,10 @@ export async function startRouter(settings: RouterSettings, log: Log): Promise<R
     addresses: systemAddresses,
     conntrack: systemConntrack(sysctl),
     upkeep: upkeep(log, sysctl, firewall, settings),
+    openTunnels,
   });
+  // Of a predecessor that offered some.
+  if (!settings.vpn) await removeTunnels();
   /** What an earlier daemon left may carry flows and stays; what this start put there goes. */
   const giveUp = async (error: Fatal): Promise<never> => {
     await router.drain();
@@ -181,7 +213,9 @@ export async function startRouter(settings: RouterSettings, log: Log): Promise<R
   };
   const failure = await router
     .start()
-    .catch((error: unknown) => giveUp(new Fatal(78, `DETOUR_LISTEN: ${reasonOf(error)}`)));
+    .catch((error: unknown) =>
+      giveUp(error instanceof Fatal ? error : new Fatal(78, `DETOUR_LISTEN: ${reasonOf(error)}`)),
+    );
   if (failure) return giveUp(unavailable(failure));
   if (settings.legacyV1) {
     log.warn(
@@ -222,6 +256,8 @@ async function clean(settings: Pick<RouterSettings, 'fwmark'>, log: Log): Promis
     ]),
   );
   await systemFirewall(nft, log).remove(settings.fwmark);
+  // Before the rules that guard it.
+  await removeTunnels();
   const failures = await restoreForwarding(sysctl, remembered);
   if (failures.length > 0) {
     // The table stays: it is the only place that knows the old values.

@@ -14,6 +14,7 @@ import { MESSAGE_BYTES } from '../protocol/control.ts';
 import { LEGACY_BYTES } from '../protocol/legacy.ts';
 import { GRACE, MAP_SIZE, type Owner, type Write } from './leases.ts';
 import { DENIED_BY_DEFAULT, DENIED_PORT, NEVER, onLink, type Rules } from './policy.ts';
+import { MOST_TUNNELS, TUNNEL_MTU, type Tunnel } from './tunnels.ts';
 
 /**
  * What we put into the kernel, as text for nft, and how to read it back. One table, `inet detour`: the maps of leases
@@ -23,9 +24,16 @@ import { DENIED_BY_DEFAULT, DENIED_PORT, NEVER, onLink, type Rules } from './pol
 
 export const TABLE = 'inet detour';
 const MAPS = { 4: 'leases4', 6: 'leases6' } as const;
+/** Addresses inside tunnels that were granted, for as long as they are. */
+const TUNNELS = { 4: 'tunnels4', 6: 'tunnels6' } as const;
 /** Facts that a later daemon, or `detour cleanup`, must know: comments of this set's elements. */
 const MEMORY = 'memory';
-const KEPT: readonly string[] = [MAPS[4], MAPS[6], MEMORY];
+const kept = ({ vpn }: RulesetConfig): readonly string[] => [
+  MAPS[4],
+  MAPS[6],
+  MEMORY,
+  ...(vpn ? [TUNNELS[4], TUNNELS[6]] : []),
+];
 
 /** Datagrams per second from one address (or IPv6 /64) that reach the daemon, and the burst above it. */
 const CONTROL_RATE = 'limit rate over 50/second burst 100 packets';
@@ -49,7 +57,13 @@ export type RulesetConfig = {
   readonly rules: Rules;
   /** Whether this kernel knows per-flow conntrack timeouts. */
   readonly timeouts: boolean;
+  /** The interface of the tunnels; null without any. */
+  readonly vpn: string | null;
 };
+
+/** UDP port inside tunnels that answers "port unreachable": so a client finds out which packets pass (RFC 863, discard). */
+const ECHO_PORT = 9;
+const ECHO_RATE = 'limit rate 200/second';
 
 /** Packets dropped or refused, by cause; named counters of the table. */
 export const COUNTERS = [
@@ -64,6 +78,9 @@ export const COUNTERS = [
   'answer_refused',
   'input_guarded',
   'relayed_syn',
+  'tunnel_not_relayed',
+  'tunnel_stray',
+  'tunnelled_syn',
 ] as const;
 
 const hex = (value: number): string => `0x${(value >>> 0).toString(16).padStart(8, '0')}`;
@@ -112,17 +129,134 @@ function ruleMatch({ prefix, ports }: DestinationRule): string {
 
 type Chain = { readonly name: string; readonly hook: string | null; readonly rules: readonly string[] };
 
+const drop = (counter: (typeof COUNTERS)[number]): string => `counter name ${counter} drop`;
+
+/** Whether it is a connection of ours that a mark says so of, translated or out of a tunnel. */
+const marked = ({ mark, mask }: Fwmark, is: '==' | '!='): string => `ct mark and ${hex(mask)} ${is} ${hex(mark)}`;
+const setMark = ({ mark, mask }: Fwmark): string => `ct mark set ct mark and ${hex(~mask)} or ${hex(mark)}`;
+
+const timeoutRules = ({ timeouts }: RulesetConfig): string[] =>
+  timeouts ? ['meta nfproto ipv4 ct timeout set "relay4"', 'meta nfproto ipv6 ct timeout set "relay6"'] : [];
+
+/** Segments no longer than packets of `mtu` bytes hold (headers of 20 bytes of TCP and 20 or 40 of IP). */
+const clamps = (mtu: number): string[] =>
+  (['ipv4', 'ipv6'] as const).map((protocol) => {
+    const most = mtu - (protocol === 'ipv4' ? 40 : 60);
+    return `meta nfproto ${protocol} tcp option maxseg size > ${most} tcp option maxseg size set ${most}`;
+  });
+
+/**
+ * What may come out of a tunnel and go into one: the same as through a lease. WireGuard has made sure whose address a packet
+ * carries. Everything about the interface is ours, so these chains need not spare what merely passes through the host.
+ */
+function tunnelChains(config: RulesetConfig): Chain[] {
+  const { fwmark, listen } = config;
+  const option = relayedOption(config.relay);
+  return [
+    {
+      name: 'tunnel_rate',
+      hook: null,
+      rules: [
+        `update @tunnel_control4 { ip saddr ${CONTROL_RATE} } ${drop('control_rate')}`,
+        `update @tunnel_control6 { ip6 saddr ${CONTROL_RATE} } ${drop('control_rate')}`,
+        'notrack',
+      ],
+    },
+    {
+      name: 'tunnel_syn',
+      hook: null,
+      rules: [
+        `update @tunnel_syn4 { ip saddr ${SYN_RATE} } ${drop('syn_rate')}`,
+        `update @tunnel_syn6 { ip6 saddr ${SYN_RATE} } ${drop('syn_rate')}`,
+        ...(option === '' ? ['accept'] : [`${option} accept`, drop('syn_not_relayed')]),
+      ],
+    },
+    {
+      name: 'tunnel_in',
+      hook: null,
+      rules: [
+        NO_SYN,
+        `udp dport ${listen.port} fib daddr type local goto control`,
+        `udp dport ${ECHO_PORT} fib daddr type local ${ECHO_RATE} notrack accept`,
+        `meta l4proto != tcp ${drop('tunnel_not_relayed')}`,
+        // Also the answer to a SYN: nobody connects to a client through its tunnel.
+        `tcp flags & (fin|syn|rst|ack) != syn ${drop('tunnel_not_relayed')}`,
+        `fib daddr type local ${drop('input_guarded')}`,
+        `ip saddr @${TUNNELS[4]} goto tunnel_syn`,
+        `ip6 saddr @${TUNNELS[6]} goto tunnel_syn`,
+        drop('syn_without_lease'),
+      ],
+    },
+    {
+      name: 'tunnel_admit',
+      hook: null,
+      rules: [
+        `add @tunnel_flows4 { ip saddr ct count over ${FLOWS_PER_CLIENT} } ${drop('flows_over')}`,
+        `add @tunnel_flows6 { ip6 saddr ct count over ${FLOWS_PER_CLIENT} } ${drop('flows_over')}`,
+        `counter name tunnelled_syn ${setMark(fwmark)}`,
+        ...timeoutRules(config),
+      ],
+    },
+    {
+      // Conntrack takes up connections in their middle; out of a tunnel only those go on that began with an admitted SYN.
+      name: 'tunnel_flow',
+      hook: null,
+      rules: [
+        'ct state untracked accept',
+        `ct state established ${marked(fwmark, '==')} accept`,
+        `ct state new ${SYN} goto tunnel_admit`,
+        drop('tunnel_stray'),
+      ],
+    },
+    {
+      name: 'tunnel_guard',
+      hook: null,
+      rules: [
+        `udp dport ${listen.port} accept`,
+        `udp dport ${ECHO_PORT} reject with icmpx type port-unreachable`,
+        drop('input_guarded'),
+      ],
+    },
+    {
+      name: 'tunnelled',
+      hook: null,
+      rules: [
+        `oifname "${config.vpn}" ${drop('destination_denied')}`,
+        NO_SYN,
+        'tcp option maxseg size set rt mtu',
+        // What it says is what the server may send, which has to fit into the tunnel.
+        ...clamps(TUNNEL_MTU),
+        'goto destination',
+      ],
+    },
+    {
+      // Nobody opens a connection into a tunnel.
+      name: 'to_tunnel',
+      hook: null,
+      rules: [
+        `${marked(fwmark, '!=')} ${drop('tunnel_stray')}`,
+        `ct direction original ${drop('tunnel_stray')}`,
+        NO_SYN,
+        `${SYN_ACK} tcp option maxseg size set rt mtu`,
+        ...(option === ''
+          ? []
+          : [`${SYN_ACK} ${option} accept`, `${SYN_ACK} counter name answer_refused reject with tcp reset`]),
+      ],
+    },
+  ];
+}
+
 function chains(config: RulesetConfig): Chain[] {
-  const { listen, ports, fwmark, rules } = config;
+  const { listen, ports, fwmark, rules, vpn } = config;
   const control = listen.port;
-  const drop = (counter: (typeof COUNTERS)[number]): string => `counter name ${counter} drop`;
+  /** A rule about the tunnels' interface, where there is one. */
+  const tunnel = (rule: string): string[] => (vpn === null ? [] : [rule.replace('VPN', `"${vpn}"`)]);
   const bound = listen.address.value === 0n ? '' : `${keyword(listen.address)} daddr ${formatAddress(listen.address)} `;
   // In a host's namespace these hooks also see what merely passes through; only what is addressed to us is ours.
   const toControl = `${bound}udp dport ${control} fib daddr type local`;
   const toLease = `tcp dport ${ports.first}-${ports.last} ${SYN} fib daddr type local`;
   const option = relayedOption(config.relay);
   const leased = (family: 'ip' | 'ip6', map: string): string => `${family} saddr . tcp dport @${map}`;
-  const setMark = `ct mark set ct mark and ${hex(~fwmark.mask)} or ${hex(fwmark.mark)}`;
   const legacyLength = UDP_HEADER + LEGACY_BYTES;
   const denied: string[] = [
     `fib daddr type != unicast ${drop('destination_denied')}`,
@@ -141,6 +275,7 @@ function chains(config: RulesetConfig): Chain[] {
     ),
   ];
   return [
+    ...(vpn === null ? [] : tunnelChains(config)),
     {
       name: 'control',
       hook: null,
@@ -161,6 +296,7 @@ function chains(config: RulesetConfig): Chain[] {
       name: 'control_rate',
       hook: null,
       rules: [
+        ...tunnel('iifname VPN goto tunnel_rate'),
         `update @control4 { ip saddr ${CONTROL_RATE} } ${drop('control_rate')}`,
         `update @control6 { ip6 saddr & ffff:ffff:ffff:ffff:: ${CONTROL_RATE} } ${drop('control_rate')}`,
         'notrack',
@@ -188,7 +324,7 @@ function chains(config: RulesetConfig): Chain[] {
     {
       name: 'raw_in',
       hook: 'type filter hook prerouting priority raw; policy accept;',
-      rules: [NO_SYN, `${toControl} goto control`, `${toLease} goto syn`],
+      rules: [...tunnel('iifname VPN goto tunnel_in'), NO_SYN, `${toControl} goto control`, `${toLease} goto syn`],
     },
     {
       name: 'raw_out',
@@ -201,9 +337,7 @@ function chains(config: RulesetConfig): Chain[] {
       rules: [
         `add @flows4 { ip saddr ct count over ${FLOWS_PER_CLIENT} } ${drop('flows_over')}`,
         `add @flows6 { ip6 saddr & ffff:ffff:ffff:ffff:: ct count over ${FLOWS_PER_CLIENT} } ${drop('flows_over')}`,
-        ...(config.timeouts
-          ? ['meta nfproto ipv4 ct timeout set "relay4"', 'meta nfproto ipv6 ct timeout set "relay6"']
-          : []),
+        ...timeoutRules(config),
       ],
     },
     {
@@ -211,6 +345,7 @@ function chains(config: RulesetConfig): Chain[] {
       name: 'new_flow',
       hook: 'type filter hook prerouting priority mangle; policy accept;',
       rules: [
+        ...tunnel('iifname VPN goto tunnel_flow'),
         NO_SYN,
         `${toLease} ct state new ${leased('ip', MAPS[4])} goto admit`,
         `${toLease} ct state new ${leased('ip6', MAPS[6])} goto admit`,
@@ -222,7 +357,7 @@ function chains(config: RulesetConfig): Chain[] {
       rules: (['ip', 'ip6'] as const).map((family) => {
         const map = family === 'ip' ? MAPS[4] : MAPS[6];
         return (
-          `${leased(family, map)} ${toLease} ${option} counter name relayed_syn ${setMark} ` +
+          `${leased(family, map)} ${toLease} ${option} counter name relayed_syn ${setMark(fwmark)} ` +
           `dnat ${family} to ${family} saddr . tcp dport map @${map}`
         );
       }),
@@ -231,7 +366,7 @@ function chains(config: RulesetConfig): Chain[] {
       // DNAT to an address of this host ends up here and not in forward, whatever the lists there say.
       name: 'guard_in',
       hook: 'type filter hook input priority filter; policy accept;',
-      rules: [`${ours(fwmark)} ${drop('input_guarded')}`],
+      rules: [...tunnel('iifname VPN goto tunnel_guard'), `${ours(fwmark)} ${drop('input_guarded')}`],
     },
     { name: 'destination', hook: null, rules: denied },
     {
@@ -250,34 +385,24 @@ function chains(config: RulesetConfig): Chain[] {
     {
       name: 'forwarded',
       hook: 'type filter hook forward priority filter; policy accept;',
-      rules: [NO_SYN, `${ours(fwmark)} goto relayed`],
+      rules: [
+        ...tunnel('iifname VPN goto tunnelled'),
+        ...tunnel('oifname VPN goto to_tunnel'),
+        NO_SYN,
+        `${ours(fwmark)} goto relayed`,
+      ],
     },
     {
       // Also the permanent rule that needs conntrack: were there none, NATed flows would be reset.
       name: 'nat_out',
       hook: 'type nat hook postrouting priority srcnat; policy accept;',
-      rules: [`${ours(fwmark)} masquerade`],
+      rules: [`${ours(fwmark)} masquerade`, ...tunnel(`iifname VPN ${marked(fwmark, '==')} masquerade`)],
     },
   ];
 }
 
-/** The names of our chains. */
-export const CHAINS: readonly string[] = [
-  'control',
-  'control_rate',
-  'syn',
-  'syn_leased',
-  'raw_in',
-  'raw_out',
-  'admit',
-  'new_flow',
-  'nat_in',
-  'guard_in',
-  'destination',
-  'relayed',
-  'forwarded',
-  'nat_out',
-];
+/** The names of the chains that `config` leads to. */
+export const chainNames = (config: RulesetConfig): readonly string[] => chains(config).map(({ name }) => name);
 
 /** What the table consists of now, by the names nft lists. */
 export type TableNames = { readonly chains: readonly string[]; readonly sets: readonly string[] };
@@ -300,12 +425,18 @@ export function readNames(lines: readonly string[]): TableNames {
  * set with one field to its key: a set that nft 1.1.3 (our image) declares by `type` makes nft 1.0.6 (Debian 12, maybe the
  * host) crash when it lists anything at all.
  */
-function lasting(): string[] {
+function lasting(vpn = false): string[] {
   return [
     `add table ${TABLE}`,
     `add map ${TABLE} ${MAPS[4]} { type ipv4_addr . inet_service : ipv4_addr . inet_service; flags timeout; size ${MAP_SIZE}; }`,
     `add map ${TABLE} ${MAPS[6]} { type ipv6_addr . inet_service : ipv6_addr . inet_service; flags timeout; size ${MAP_SIZE}; }`,
     `add set ${TABLE} ${MEMORY} { typeof tcp dport; }`,
+    ...(vpn
+      ? [
+          `add set ${TABLE} ${TUNNELS[4]} { typeof ip saddr; flags timeout; size ${2 * MOST_TUNNELS}; }`,
+          `add set ${TABLE} ${TUNNELS[6]} { typeof ip6 saddr; flags timeout; size ${2 * MOST_TUNNELS}; }`,
+        ]
+      : []),
   ];
 }
 
@@ -318,7 +449,7 @@ export function renderStatic(config: RulesetConfig, present: TableNames | null):
   if (present) {
     removed.push(`flush table ${TABLE}`);
     for (const name of present.chains) removed.push(`delete chain ${TABLE} ${name}`);
-    for (const name of present.sets) if (!KEPT.includes(name)) removed.push(`delete set ${TABLE} ${name}`);
+    for (const name of present.sets) if (!kept(config).includes(name)) removed.push(`delete set ${TABLE} ${name}`);
   }
   const meter = (name: string, key: string, flags: string): string =>
     `add set ${TABLE} ${name} { typeof ${key}; size ${MAP_SIZE}; ${flags} }`;
@@ -331,6 +462,12 @@ export function renderStatic(config: RulesetConfig, present: TableNames | null):
     meter('syn6', 'ip6 saddr', perSecond),
     meter('flows4', 'ip saddr', 'flags dynamic;'),
     meter('flows6', 'ip6 saddr', 'flags dynamic;'),
+    ...(config.vpn === null
+      ? []
+      : (['control', 'syn', 'flows'] as const).flatMap((what) => {
+          const flags = what === 'flows' ? 'flags dynamic;' : perSecond;
+          return [meter(`tunnel_${what}4`, 'ip saddr', flags), meter(`tunnel_${what}6`, 'ip6 saddr', flags)];
+        })),
     ...(config.timeouts
       ? [
           `add ct timeout ${TABLE} relay4 { protocol tcp; l3proto ip; policy = { ${TIMEOUTS} }; }`,
@@ -340,7 +477,7 @@ export function renderStatic(config: RulesetConfig, present: TableNames | null):
   ];
   const all = chains(config);
   return lines([
-    ...lasting(),
+    ...lasting(config.vpn !== null),
     ...removed,
     ...added,
     ...all.map(({ name, hook }) => `add chain ${TABLE} ${name}${hook === null ? '' : ` { ${hook} }`}`),
@@ -538,4 +675,58 @@ export function isSame(element: Element, lease: Write['lease']): boolean {
     element.destination.port === lease.destination.port &&
     sameAddress(element.destination.address, lease.destination.address)
   );
+}
+
+/** An address inside a tunnel as the kernel holds it; `remaining` seconds. */
+export type TunnelElement = {
+  readonly owner: number;
+  readonly choice: number;
+  readonly address: Address;
+  readonly remaining: number;
+};
+
+/** Where the addresses of a family are, as names of table and set. */
+export const tunnelSet = (family: 4 | 6): { readonly table: string; readonly map: string } => ({
+  table: leaseMap(family).table,
+  map: TUNNELS[family],
+});
+
+const tunnelElement = (address: Address): string => `${TABLE} ${TUNNELS[address.family]} { ${formatAddress(address)}`;
+const addressesOf = ({ v4, v6 }: Tunnel): Address[] => [v4, v6].filter((address) => address !== null);
+
+/** What the address has to be in the set first, or it could not be deleted. */
+function withoutTunnel(tunnel: Tunnel): string[] {
+  return addressesOf(tunnel).flatMap((address) => [
+    `add element ${tunnelElement(address)} timeout 60s }`,
+    `delete element ${tunnelElement(address)} }`,
+  ]);
+}
+
+/**
+ * The transaction that lets a tunnel's addresses through for `lifetime` seconds and a little more, whether they were or not, and
+ * those no longer that it had before.
+ */
+export function renderTunnel(tunnel: Tunnel, lifetime: number, instead: Tunnel | null): string {
+  const about = `timeout ${lifetime + GRACE}s comment "${comment(tunnel.owner)}c${tunnel.choice}"`;
+  return lines([
+    ...(instead ? withoutTunnel(instead) : []),
+    ...withoutTunnel(tunnel),
+    ...addressesOf(tunnel).map((address) => `add element ${tunnelElement(address)} ${about} }`),
+  ]);
+}
+
+/** The transaction after which a tunnel's addresses are let through no longer; one that has expired is no failure. */
+export const renderTunnelRemoval = (tunnel: Tunnel): string => lines(withoutTunnel(tunnel));
+
+/** The transaction after which no tunnel's are. */
+export const FLUSH_TUNNELS = lines([`flush set ${TABLE} ${TUNNELS[4]}`, `flush set ${TABLE} ${TUNNELS[6]}`]);
+
+/** The tunnel's address that an element of a family's set is; null for what nobody of ours can have put there. */
+export function readTunnelElement(family: 4 | 6, { key, remaining, comment: text }: Found): TunnelElement | null {
+  const [, owner, choice] = /^k([0-9a-f]{8})c(\d{1,5})$/.exec(text ?? '') ?? [];
+  if (key.length < ADDRESS_BYTES[family] || remaining === null || owner === undefined) return null;
+  const bytes = new Uint8Array(16);
+  if (family === 4) bytes.fill(0xff, 10, 12);
+  bytes.set(key.subarray(0, ADDRESS_BYTES[family]), family === 4 ? 12 : 0);
+  return { owner: Number.parseInt(owner, 16), choice: Number(choice), address: readAddress(bytes), remaining };
 }

@@ -6,13 +6,17 @@ import {
   defaultRetryAfter,
   deriveKeys,
   encodeResponse,
+  FLAG_PEER,
   type Keys,
   PROTOCOL_TCP,
   RESULT,
   type Refusal,
   type Request,
+  type Response,
   type Result,
   requestIsAuthentic,
+  type TunnelGrant,
+  type TunnelResponse,
   TYPE,
   VERSION,
 } from '../protocol/control.ts';
@@ -21,12 +25,17 @@ import { decodeLegacyRequest, encodeLegacyResponse, LEGACY_BYTES } from '../prot
 import { type Session, Sessions } from '../protocol/window.ts';
 import type { RouterSettings } from '../settings.ts';
 import type { Json, Readiness } from '../status/daemon.ts';
+import { Gateway, type TunnelPorts } from './gateway.ts';
 import { hexKey, Keeper, type KeeperPorts } from './keeper.ts';
 import { Notices } from './notices.ts';
 import { judge } from './policy.ts';
 
 /** The outside, as the router sees it. */
-export type RouterPorts = KeeperPorts & { readonly datagrams: Datagrams };
+export type RouterPorts = KeeperPorts & {
+  readonly datagrams: Datagrams;
+  /** Opened with `DETOUR_VPN` alone. @throws NetlinkError */
+  readonly openTunnels: () => TunnelPorts;
+};
 
 /** What was known about a datagram when it could first be answered. */
 type Conversation = {
@@ -44,11 +53,14 @@ export class Router {
   readonly #ports: RouterPorts;
   readonly #notices: Notices;
   readonly #keeper: Keeper;
+  /** Null while it offers no tunnels. */
+  readonly #gateway: Gateway | null;
   readonly #jar: CookieJar;
   readonly #sessions = new Sessions();
   readonly #keys = new Map<number, { keys: Keys; label: string | null }>();
   readonly #started: number;
-  #server: DatagramServer | null = null;
+  /** One for all addresses, or for the one that was named and for each of the tunnels. */
+  #servers: DatagramServer[] = [];
   #draining = false;
 
   constructor(settings: RouterSettings, ports: RouterPorts) {
@@ -60,18 +72,27 @@ export class Router {
     this.#jar = new CookieJar((bytes) => ports.clock.random(bytes), this.#started);
     for (const { id, secret, label } of keys) this.#keys.set(id, { keys: deriveKeys(id, secret), label });
     this.#keeper = new Keeper(rest, new Set(this.#keys.keys()), ports, this.#notices);
+    this.#gateway =
+      rest.vpn && new Gateway(rest, rest.vpn, { ...ports, ...ports.openTunnels() }, this.#keeper, this.#notices);
   }
 
   /**
    * Adopts what an earlier daemon left in the kernel, puts our rules there, and starts to answer. On failure it says
    * why, and nothing listens.
+   * @throws Fatal when tunnels are asked for and cannot be had
    */
   async start(): Promise<NftFailure | null> {
     const failure = await this.#keeper.start();
     if (failure) return failure;
     const { datagrams, log } = this.#ports;
-    this.#server = await datagrams.serve(this.#settings.listen, (datagram) => this.#receive(datagram));
-    const { ports, relay } = this.#settings;
+    await this.#gateway?.start(new Set(this.#keys.keys()));
+    const { ports, relay, listen } = this.#settings;
+    // What is asked inside a tunnel is answered there, wherever else it listens.
+    const inside = listen.address.value === 0n ? [] : (this.#gateway?.addresses ?? []);
+    for (const address of [listen.address, ...inside]) {
+      const at = { address, port: listen.port };
+      this.#servers.push(await datagrams.serve(at, (datagram) => this.#receive(datagram)));
+    }
     log.info(
       'router-started',
       { epoch: this.epoch, leases: this.leaseCount, ports: `${ports.first}-${ports.last}`, relay },
@@ -91,8 +112,10 @@ export class Router {
 
   readiness(): Readiness {
     const reasons = [...this.#keeper.troubles];
+    const trouble = this.#gateway?.trouble ?? null;
+    if (trouble !== null) reasons.push(`tunnels: ${trouble}`);
     if (this.#draining) reasons.unshift('shutting down');
-    else if (!this.#server) reasons.unshift('not listening yet');
+    else if (this.#servers.length === 0) reasons.unshift('not listening yet');
     return { ready: reasons.length === 0, reasons };
   }
 
@@ -120,7 +143,7 @@ export class Router {
       ...this.readiness(),
       epoch: this.epoch,
       uptimeSeconds: this.#uptime(now),
-      listen: (this.#server?.local() ?? []).map(formatEndpoint),
+      listen: this.#servers.flatMap((server) => server.local()).map(formatEndpoint),
       relay: this.#settings.relay,
       forwarding: this.#keeper.forwarding,
       leaseCount: count,
@@ -134,7 +157,13 @@ export class Router {
         state,
       })),
       conntrack: usage,
+      ...(await this.#gateway?.status()),
     };
+  }
+
+  /** Tunnels granted now; null when it offers none. */
+  get tunnelCount(): number | null {
+    return this.#gateway?.size ?? null;
   }
 
   /** Leases in the kernel now. */
@@ -169,15 +198,17 @@ export class Router {
     for (const [id, key] of next) this.#keys.set(id, key);
     for (const id of revoked) this.#sessions.forget(id);
     await this.#keeper.rekey(new Set(next.keys()), revoked);
+    await this.#gateway?.revoke(revoked);
     this.#ports.log.debug('keys-replaced', { keys: next.size, revoked: revoked.length }, 'accepting the new keys');
   }
 
   /** Stops answering. Leases and rules stay in the kernel. Takes no longer than a few seconds. */
   async drain(): Promise<void> {
     this.#draining = true;
+    await this.#gateway?.drain();
     await this.#keeper.drain();
-    await this.#server?.close();
-    this.#server = null;
+    await Promise.all(this.#servers.map((server) => server.close()));
+    this.#servers = [];
   }
 
   #uptime(now: number): number {
@@ -229,7 +260,7 @@ export class Router {
     if (freshness === 'repeated') {
       const stored = session.answerTo(request.sequence, bytes);
       this.#notices.count(stored ? 'replay_answered' : 'replay_ignored');
-      if (stored) this.#server?.reply(datagram, stored);
+      if (stored) this.#reply(datagram, stored);
       return;
     }
     session.window.advance(request.sequence);
@@ -241,6 +272,10 @@ export class Router {
     const { type, destination, protocol } = request;
     if (type === TYPE.PING) {
       this.#answer(conversation, RESULT.OK, COOKIE_LIFETIME, 0);
+      return;
+    }
+    if (type === TYPE.TUNNEL || request.peer) {
+      this.#serveTunnel(conversation);
       return;
     }
     if (type !== TYPE.LEASE && type !== TYPE.RELEASE) {
@@ -280,6 +315,38 @@ export class Router {
     });
   }
 
+  /** The router's end of the tunnels, the client's, or the end of one. */
+  #serveTunnel(conversation: Conversation): void {
+    const { request, keys } = conversation;
+    const { keyId: owner, type, flags, peer, lifetime, destination } = request;
+    const gateway = this.#gateway;
+    const offer = gateway?.grant;
+    if (!gateway || !offer || (flags & ~FLAG_PEER) !== 0) {
+      this.#refuse(conversation, 'UNSUPPORTED');
+      return;
+    }
+    if (!peer) {
+      if (destination) this.#refuse(conversation, 'MALFORMED');
+      else this.#grant(conversation, 0, offer);
+      return;
+    }
+    const { publicKey, choice } = peer;
+    // Revoked while it waited: its holder is a stranger now.
+    const accepted = (): boolean => this.#keys.get(owner)?.keys === keys;
+    if (type === TYPE.RELEASE) {
+      gateway.release(owner, publicKey, () => accepted() && this.#answer(conversation, RESULT.OK, 0, 0));
+    } else if (publicKey.every((byte) => byte === 0)) this.#refuse(conversation, 'MALFORMED');
+    else if (this.#draining) this.#refuse(conversation, 'DRAINING');
+    else {
+      gateway.enrol({ owner, publicKey, choice, lifetime }, (enrolment) => {
+        if (!accepted()) return;
+        if (enrolment.kind === 'refused') this.#answer(conversation, enrolment.result, enrolment.retryAfter, 0);
+        else
+          this.#grant(conversation, enrolment.lifetime, { ...enrolment.grant, cookie: this.#cookieFor(conversation) });
+      });
+    }
+  }
+
   /** What policy says to a lease for `client`; null when it may ask the table. */
   #admit(destination: Endpoint, client: Address): 'BAD_ADDRESS' | 'DENIED_DESTINATION' | 'DRAINING' | null {
     if (this.#keeper.gateways.some((gateway) => sameAddress(gateway, client))) {
@@ -303,31 +370,40 @@ export class Router {
   }
 
   #answer(conversation: Conversation, result: Result, lifetime: number, port: number): void {
-    const { datagram, request, keys, session } = conversation;
-    const now = this.#ports.clock.now();
+    this.#say(conversation, {
+      ...this.#headOf(conversation, result, lifetime),
+      observed: conversation.datagram.from,
+      port,
+      capabilityPort: 0,
+      flags: this.#gateway?.mark ?? 0,
+      cookie: this.#cookieFor(conversation),
+    });
+  }
+
+  #grant(conversation: Conversation, lifetime: number, tunnel: TunnelGrant): void {
+    this.#say(conversation, { ...this.#headOf(conversation, RESULT.OK, lifetime), tunnel });
+  }
+
+  #cookieFor({ datagram, request }: Conversation): Uint8Array {
     const subject = { ...datagram.from, keyId: request.keyId, session: request.session };
-    const bytes = encodeResponse(
-      {
-        type: request.type,
-        result,
-        keyId: request.keyId,
-        session: request.session,
-        sequence: request.sequence,
-        epoch: BigInt(`0x${this.epoch}`),
-        uptime: this.#uptime(now),
-        lifetime,
-        observed: datagram.from,
-        port,
-        capabilityPort: 0,
-        flags: 0,
-        cookie: this.#jar.issue(subject, now),
-      },
-      keys,
-      datagram.bytes,
-    );
+    return this.#jar.issue(subject, this.#ports.clock.now());
+  }
+
+  #headOf({ request: { type, keyId, session, sequence } }: Conversation, result: Result, lifetime: number) {
+    const uptime = this.#uptime(this.#ports.clock.now());
+    return { type, result, keyId, session, sequence, epoch: BigInt(`0x${this.epoch}`), uptime, lifetime };
+  }
+
+  #say({ datagram, request, keys, session }: Conversation, response: Response | TunnelResponse): void {
+    const bytes = encodeResponse(response, keys, datagram.bytes);
     session?.remember(request.sequence, datagram.bytes, bytes);
-    this.#notices.count(`answered_${result}`);
-    this.#server?.reply(datagram, bytes);
+    this.#notices.count(`answered_${response.result}`);
+    this.#reply(datagram, bytes);
+  }
+
+  /** Whoever heard it answers; the others do not know that address. */
+  #reply(datagram: Datagram, bytes: Uint8Array): void {
+    for (const server of this.#servers) server.reply(datagram, bytes);
   }
 
   #receiveLegacy(datagram: Datagram): void {
@@ -348,7 +424,7 @@ export class Router {
       ask: { owner: 'v1', client, destination, suggestedPort, lifetime: Math.floor(this.#settings.leaseTime / 1000) },
       answer: (result, _lifetime, port) => {
         this.#notices.count(result === RESULT.OK ? 'answered_v1' : 'refused_v1');
-        if (result === RESULT.OK) this.#server?.reply(datagram, encodeLegacyResponse({ destination, port }));
+        if (result === RESULT.OK) this.#reply(datagram, encodeLegacyResponse({ destination, port }));
       },
     });
   }

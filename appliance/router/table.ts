@@ -2,7 +2,7 @@ import type { Nft, NftFailure } from '../kernel/nft.ts';
 import type { Lease, Write } from './leases.ts';
 import {
   AddressBook,
-  CHAINS,
+  chainNames,
   type Element,
   type Foreign,
   isSame,
@@ -20,6 +20,7 @@ import {
   readFacts,
   readNames,
   readProbe,
+  readTunnelElement,
   renderCreation,
   renderForeignRemoval,
   renderMemory,
@@ -27,6 +28,8 @@ import {
   renderStatic,
   renderWrite,
   type TableNames,
+  type TunnelElement,
+  tunnelSet,
 } from './ruleset.ts';
 
 /** Elements in one transaction where there are many: some milliseconds of work, and a short text. */
@@ -90,7 +93,8 @@ export class Table {
       const names = await this.#names(LIST_CHAINS);
       if (names && 'kind' in names) return names;
       if (!names || names.chains.length === 0) return 'absent';
-      return names.chains.toSorted().join() === CHAINS.toSorted().join() ? 'intact' : 'changed';
+      const wanted = this.#config ? chainNames(this.#config) : [];
+      return names.chains.toSorted().join() === wanted.toSorted().join() ? 'intact' : 'changed';
     }
     const present = await this.#lines(LIST_RULES);
     if ('kind' in present) return present.kind === 'absent' ? 'absent' : present;
@@ -132,6 +136,22 @@ export class Table {
       if (failure) return failure;
     }
     return foreign.size === 0 ? null : this.#nft.run(renderForeignRemoval([...foreign.values()]));
+  }
+
+  /** Does what a text of the ruleset's says, in one transaction. */
+  change(text: string): Promise<NftFailure | null> {
+    return this.#nft.run(text);
+  }
+
+  /** The addresses inside tunnels that are let through, each at least once. Null stands for one that nobody of ours put there. */
+  async tunnels(): Promise<readonly (TunnelElement | null)[] | NftFailure> {
+    const found: (TunnelElement | null)[] = [];
+    for (const family of [4, 6] as const) {
+      const { table, map } = tunnelSet(family);
+      const failure = await this.#nft.dump(table, map, (element) => found.push(readTunnelElement(family, element)));
+      if (failure) return failure;
+    }
+    return found;
   }
 
   /** Removes elements that are nobody's lease. What has expired meanwhile is no failure. */

@@ -78,9 +78,11 @@ const facts = (row: Row): string =>
 /** What `/v1/explain` answered for one address of `host`, for a terminal; ends without a newline. */
 export function presentExplanation(host: string, explanation: Json): string {
   if (!isRow(explanation)) return JSON.stringify(explanation);
-  const { address, port, prefix, directBytesPerSecond, connections, connectionsLeftOut, detours } = explanation;
+  const { address, port, prefix, directBytesPerSecond, connections, connectionsLeftOut, detours, workload } =
+    explanation;
   const rowsOf = (value: Json | undefined): readonly Row[] => (isList(value) ? value.filter(isRow) : []);
-  const where = port === null ? `${address}` : `${address}, port ${port}`;
+  const whose = typeof workload === 'string' ? `, from ${workload}` : '';
+  const where = `${address}${port === null ? '' : `, port ${port}`}${whose}`;
   const lines = [host === address ? where : `${host}: ${where}`];
   const open = rowsOf(connections);
   for (const connection of open) {

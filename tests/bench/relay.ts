@@ -65,10 +65,19 @@ export async function measureRelay(): Promise<Figure[]> {
   return figures;
 }
 
-async function iperf(client: Host, listener: Running, to: string, port: number, streams: number): Promise<number> {
+/** Gbit/s to an iperf3 server, over a second; `from` is the client's address, when that is chosen. */
+export async function iperf(
+  client: Host,
+  listener: Running,
+  to: string,
+  port: number,
+  streams: number,
+  from?: string,
+): Promise<number> {
   const tests = (): number => listener.lines.filter((line) => line.startsWith('Server listening')).length;
   const before = tests();
-  const where = ['--client', to, '--port', String(port), '--parallel', String(streams)];
+  const bind = from === undefined ? [] : ['--bind', from];
+  const where = ['--client', to, '--port', String(port), '--parallel', String(streams), ...bind];
   const report = JSON.parse(await client.exec(['iperf3', ...where, '--time', String(SECONDS), '--json']));
   if (report.error !== undefined) throw new Error(`iperf3 to ${to}:${port} with ${streams} streams: ${report.error}`);
   // Between two tests the server listens anew, and until then refuses.

@@ -16,6 +16,8 @@ import { measureOutages } from './outages.ts';
 import { measureReaction } from './reaction.ts';
 import { measureRelay } from './relay.ts';
 import { measureRescue } from './rescue.ts';
+import { measureTunnels } from './tunnels.ts';
+import { measureWorkloads } from './workloads.ts';
 
 const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   relay: measureRelay,
@@ -24,6 +26,8 @@ const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   crowd: measureCrowd,
   leases: measureLeases,
   rescue: measureRescue,
+  tunnels: measureTunnels,
+  workloads: measureWorkloads,
 };
 /** Run by name only. */
 const LONG: Readonly<Record<string, () => Promise<Figure[]>>> = {

@@ -71,9 +71,9 @@ export class Container implements AsyncDisposable {
     return `/proc/${this.#init}/root/proc/${State.Pid}/ns/net`;
   }
 
-  /** Everything it has printed so far, both streams. */
-  async logs(): Promise<string> {
-    const raw = await this.docker.logs({ stdout: true, stderr: true, follow: false });
+  /** Everything it has printed so far, both streams; or since a time, seconds since 1970. */
+  async logs(since = 0): Promise<string> {
+    const raw = await this.docker.logs({ stdout: true, stderr: true, follow: false, since });
     return undo(raw);
   }
 
@@ -118,7 +118,7 @@ export class Engine {
       Labels: { [OURS.name]: OURS.value },
       HostConfig: spec.host ?? {},
     });
-    const started = new Container(container, this.#init);
+    const started = this.container(container);
     try {
       await container.start();
     } catch (error) {
@@ -126,6 +126,11 @@ export class Engine {
       throw error;
     }
     return started;
+  }
+
+  /** A container that was made by other means. */
+  container(docker: Docker.Container): Container {
+    return new Container(docker, this.#init);
   }
 
   /** Runs a container to its end and gives what it printed. */
@@ -140,7 +145,7 @@ export class Engine {
   async labelled(labels: Readonly<Record<string, string>>): Promise<Container[]> {
     const label = Object.entries(labels).map(([name, value]) => `${name}=${value}`);
     const found = await this.docker.listContainers({ filters: { label } });
-    return found.map(({ Id }) => new Container(this.docker.getContainer(Id), this.#init));
+    return found.map(({ Id }) => this.container(this.docker.getContainer(Id)));
   }
 
   /** Names of containers that this test run made and has not removed. */

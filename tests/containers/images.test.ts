@@ -77,10 +77,10 @@ describe.each(SIDES)('detour-%s:dev', (side) => {
     });
   });
 
-  it('has the nft, iptables and conntrack that the router was written against', async () => {
+  it('has the nft, iptables, conntrack and wireguard-go that it was written against', async () => {
     const nft = await docker.run({ image, entrypoint: ['nft', '--version'] });
     expect(nft.stdout).toMatch(/^nftables v1\.(1\.[3-9]|[2-9]|\d\d)/);
-    for (const program of ['iptables-nft', 'iptables-legacy', 'conntrack']) {
+    for (const program of ['iptables-nft', 'iptables-legacy', 'conntrack', 'wireguard-go']) {
       expect((await docker.run({ image, entrypoint: [program, '--version'] })).code).toBe(0);
     }
   });

@@ -4,7 +4,7 @@
  */
 import type Docker from 'dockerode';
 import { type Host, waitUntil } from '../lab/netns.ts';
-import { Container, type Engine, engine, LEAST_PRIVILEGE, type Output, vps } from './engine.ts';
+import { type Container, type Engine, engine, LEAST_PRIVILEGE, type Output, vps } from './engine.ts';
 
 export type Role = 'router' | 'client';
 
@@ -17,6 +17,22 @@ export const DOCUMENTED: Readonly<Record<Role, Docker.HostConfig>> = {
     Binds: ['/proc/sys/net/mptcp:/host/proc/sys/net/mptcp'],
   },
 };
+/** What docs/workloads.md says about serving the containers of a Docker host and the pods of a node, each mode with what it takes. */
+const SERVES: Docker.HostConfig = { ...DOCUMENTED.client, CapAdd: ['NET_ADMIN', 'SYS_ADMIN'] };
+/** All of net: a folder of it is that of one namespace (docs/kernel-notes.md). */
+const PARAMETERS = '/proc/sys/net:/host/proc/sys/net';
+const ENGINE = '/var/run/docker.sock:/var/run/docker.sock';
+export const SERVING = {
+  /** By the files that the engine keeps of its containers' namespaces. */
+  sandboxes: { ...SERVES, Binds: [PARAMETERS, ENGINE, '/var/run/docker/netns:/var/run/docker/netns:ro,rslave'] },
+  /** By the processes of the host. */
+  processes: {
+    ...SERVES,
+    CapAdd: ['NET_ADMIN', 'SYS_ADMIN', 'SYS_PTRACE'],
+    PidMode: 'host',
+    Binds: [PARAMETERS, ENGINE],
+  },
+} as const satisfies Readonly<Record<string, Docker.HostConfig>>;
 export const IMAGE: Readonly<Record<Role, string>> = { router: 'detour-router:dev', client: 'detour-client:dev' };
 
 /** The default of DETOUR_HTTP. */
@@ -53,7 +69,7 @@ export class Machine implements AsyncDisposable {
   /** Creates and starts a container with anything that Docker's API can say. */
   async launch(options: Docker.ContainerCreateOptions): Promise<Container> {
     const created = await this.engine.docker.createContainer(options);
-    const container = new Container(created, '1');
+    const container = this.engine.container(created);
     try {
       await created.start();
     } catch (error) {
@@ -73,6 +89,18 @@ export class Machine implements AsyncDisposable {
       ExposedPorts: { '80/tcp': {} },
       HostConfig: { PortBindings: { '80/tcp': [{ HostPort: String(port) }] } },
     });
+  }
+
+  /** Gives Docker's bridge the addresses that it has from its first container on, so that a host can be compared with itself. */
+  async bridged(): Promise<void> {
+    await this.engine.run({ image: IMAGE.client, command: ['version'] });
+    await waitUntil(
+      async () => {
+        const addresses = await this.host.exec(['ip', '-oneline', '-6', 'address', 'show', 'docker0']);
+        return addresses.includes('inet6 fe80::') && !addresses.includes('tentative');
+      },
+      { deadlineMs: 10_000, what: "the bridge's own address" },
+    );
   }
 
   [Symbol.asyncDispose](): PromiseLike<void> {

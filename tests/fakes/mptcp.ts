@@ -3,6 +3,7 @@ import type { ConnectionSample, Diag, SubflowSample } from '../../appliance/kern
 import type { PathEvent, PathManager, Subflow, SubflowRequest } from '../../appliance/kernel/mptcp.ts';
 import { NetlinkError } from '../../appliance/kernel/netlink.ts';
 import {
+  type Address,
   type Endpoint,
   formatAddress,
   formatEndpoint,
@@ -153,9 +154,12 @@ export class FakeKernel {
     this.#drop(connection, flow, error);
   }
 
-  /** Nothing gets through on a subflow, `timeouts` timeouts in a row. */
-  stall(token: number, remote: Endpoint, timeouts: number): void {
-    for (const flow of this.#find(token, 'test').flows) if (sameEndpoint(flow.remote, remote)) flow.timeouts = timeouts;
+  /** Nothing gets through on a subflow, `timeouts` timeouts in a row; of those from one address, when that is given. */
+  stall(token: number, remote: Endpoint, timeouts: number, local?: Address): void {
+    for (const flow of this.#find(token, 'test').flows) {
+      if (!sameEndpoint(flow.remote, remote) || (local && !sameAddress(flow.local.address, local))) continue;
+      flow.timeouts = timeouts;
+    }
   }
 
   deafen(): void {

@@ -5,13 +5,20 @@ import type { FakeClock } from './clock.ts';
 /** Decides the fate of one datagram: milliseconds of delay for each copy delivered; none is a loss. */
 export type Fate = (from: Endpoint, to: Endpoint, bytes: Uint8Array) => readonly number[];
 
+/** A host is known by the list of its addresses. */
+type Host = readonly Address[];
+
+type Bound = { readonly host: Host; readonly receive: (bytes: Uint8Array, from: Endpoint) => void };
+
 /** An in-memory UDP network. Every host sees it through `Datagrams` made for its own addresses. */
 export class FakeNetwork {
   fate: Fate = () => [0];
+  /** Which of the hosts that have an address what is sent there reaches; `sender` is null for what a test forged. */
+  reaches: (sender: Host | null, from: Endpoint, receiver: Host, to: Endpoint) => boolean = () => true;
   /** Every datagram sent, lost ones too, in order. */
   readonly sent: { from: Endpoint; to: Endpoint; bytes: Uint8Array }[] = [];
   readonly #clock: FakeClock;
-  readonly #sockets = new Map<string, (bytes: Uint8Array, from: Endpoint) => void>();
+  readonly #sockets = new Map<string, Set<Bound>>();
   #ephemeral = 40000;
 
   constructor(clock: FakeClock) {
@@ -19,11 +26,14 @@ export class FakeNetwork {
   }
 
   /** Puts a datagram on the wire; a test may forge `from`. */
-  send(from: Endpoint, to: Endpoint, bytes: Uint8Array): void {
+  send(from: Endpoint, to: Endpoint, bytes: Uint8Array, sender: Host | null = null): void {
     const copy = bytes.slice();
     this.sent.push({ from, to, bytes: copy });
     for (const delay of this.fate(from, to, copy)) {
-      this.#clock.after(delay, () => this.#sockets.get(formatEndpoint(to))?.(copy.slice(), from));
+      this.#clock.after(delay, () => {
+        for (const { host, receive } of this.#sockets.get(formatEndpoint(to)) ?? [])
+          if (this.reaches(sender, from, host, to)) receive(copy.slice(), from);
+      });
     }
   }
 
@@ -31,9 +41,11 @@ export class FakeNetwork {
   host(addresses: readonly Address[]): Datagrams {
     const bind = (local: Endpoint, receive: (bytes: Uint8Array, from: Endpoint) => void): (() => void) => {
       const key = formatEndpoint(local);
-      if (this.#sockets.has(key)) throw new Error(`${key} is in use`);
-      this.#sockets.set(key, receive);
-      return () => this.#sockets.delete(key);
+      const there = this.#sockets.get(key) ?? new Set();
+      if ([...there].some(({ host }) => host === addresses)) throw new Error(`${key} is in use`);
+      const bound: Bound = { host: addresses, receive };
+      this.#sockets.set(key, there.add(bound));
+      return () => there.delete(bound);
     };
     return {
       serve: async (listen, receive): Promise<DatagramServer> => {
@@ -45,7 +57,10 @@ export class FakeNetwork {
         const closers = local.map((to) => bind(to, (bytes, from) => receive({ bytes, from, to })));
         return {
           local: () => local,
-          reply: (datagram: Datagram, bytes) => this.send(datagram.to, datagram.from, bytes),
+          reply: (datagram: Datagram, bytes) => {
+            if (local.some((own) => sameAddress(own.address, datagram.to.address)))
+              this.send(datagram.to, datagram.from, bytes, addresses);
+          },
           close: async () => {
             for (const close of closers) close();
           },
@@ -58,7 +73,7 @@ export class FakeNetwork {
         const close = bind(local, (bytes, from) => {
           if (formatEndpoint(from) === formatEndpoint(peer)) receive(bytes);
         });
-        return { local: () => local, send: (bytes) => this.send(local, peer, bytes), close };
+        return { local: () => local, send: (bytes) => this.send(local, peer, bytes, addresses), close };
       },
     };
   }

@@ -18,6 +18,8 @@ export type Fault = { readonly kind: NftFailureKind; readonly after?: boolean };
 /** `10.0.0.1 . 443` as the kernel has it: each field filled up to 4 bytes. */
 function bytesOf(text: string): Uint8Array {
   const [host = '', port = ''] = text.split(' . ');
+  // The elements of a set have no data.
+  if (text === '') return new Uint8Array(0);
   const address = parseAddress(host);
   if (!address) throw new Error(`no address: ${text}`);
   const bytes = new Uint8Array(20);

@@ -101,6 +101,9 @@ start_engine() { # $1 state, $2 network namespace or empty, $3 iptables flavour 
       mount --rbind "$DETOUR_STATE/cgroup" /sys/fs/cgroup
       umount -l "$DETOUR_STATE/cgroup"
       mount -t tmpfs -o mode=755 tmpfs /run
+      # As systemd leaves it: what the engine mounts in there later, such as the namespaces of containers, reaches containers that
+      # have a slave of it.
+      mount --make-shared /run
       mkdir -p /run/lock
       ip link set lo up
       echo 0 >/proc/sys/net/ipv4/ip_forward

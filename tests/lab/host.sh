@@ -68,6 +68,8 @@ packages() {
         need nsenter util-linux 'namespaces'
         need flock util-linux 'one engine at a time'
         need mount mount 'namespaces'
+        need wireguard-go wireguard-go 'tunnels where the kernel has no WireGuard'
+        need wg wireguard-tools 'a hostile end of a tunnel'
         need python3 python3 'sends the raw packets of hostile clients in tests'
         need ping iputils-ping 'tells that a test network is up'
         need sysctl procps 'kernel settings of the test namespaces'
@@ -210,7 +212,7 @@ unpack_kernel() {
 # ---- packages of a Debian that this machine need not be
 
 # Sets `other` to apt-get for that release alone, its lists read. They and what is downloaded stay in $2, and out of the system's
-# own; signatures are checked all the same.
+# own; signatures are checked all the same. What is installed here does not count, or a newer one of the same name would be asked for.
 other_release() { # $1 release, $2 scratch folder, absolute
   local mirror keys=/usr/share/keyrings/debian-archive-keyring.gpg
   mirror=$(debian_mirror)
@@ -218,7 +220,7 @@ other_release() { # $1 release, $2 scratch folder, absolute
   mkdir -p "$2/lists/partial" "$2/archives/partial"
   printf "%s [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} $1 main\n" deb deb-src >"$2/sources.list"
   other=(apt-get -o "Dir::Etc::SourceList=$2/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$2/lists"
-    -o "Dir::Cache=$2" -o APT::Sandbox::User= -o APT::Get::List-Cleanup=0 -qq)
+    -o Dir::State::status=/dev/null -o "Dir::Cache=$2" -o APT::Sandbox::User= -o APT::Get::List-Cleanup=0 -qq)
   "${other[@]}" update >&2 || die "the package lists of Debian's $1 cannot be read: is a Debian mirror in reach?"
 }
 

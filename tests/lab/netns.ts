@@ -251,6 +251,8 @@ export class Host {
   /** The namespace's name, as `ip netns` knows it. */
   readonly namespace: string;
   readonly #programs = new Set<Running>();
+  /** What enters the host besides its network. */
+  #mounts: readonly string[] = [];
 
   constructor(name: string, namespace: string) {
     this.name = name;
@@ -271,12 +273,13 @@ export class Host {
 
   /** Like exec, but a non-zero exit is a result. Code 124 means that the time (default 30 s) ran out. */
   try(command: readonly string[], options: ExecOptions = {}): Promise<ExecResult> {
-    return run(['nsenter', `--net=${this.path}`, '--', ...command], options);
+    return run([...this.#entering(), ...command], options);
   }
 
   /** Starts a program in its own process group; it dies with the lab at the latest. */
   spawn(command: readonly string[], options: Omit<ExecOptions, 'input' | 'timeoutMs'> = {}): Running {
-    const child = spawn('nsenter', [`--net=${this.path}`, '--', ...command], {
+    const [nsenter = '', ...enter] = this.#entering();
+    const child = spawn(nsenter, [...enter, ...command], {
       detached: true,
       stdio: ['pipe', 'pipe', 'pipe'],
       env: { ...process.env, ...options.env },
@@ -285,6 +288,21 @@ export class Host {
     const program = new Running(child, command);
     this.#programs.add(program);
     return program;
+  }
+
+  /**
+   * Gives the programs that are started here from now on a folder of their own, empty, in place of one that all hosts of
+   * this machine share.
+   */
+  async isolate(folder: string): Promise<void> {
+    const script = 'mkdir -p "$0" && mount -t tmpfs none "$0" && echo mounted && exec sleep infinity';
+    const holder = this.spawn(['unshare', '--mount', '--', 'sh', '-c', script, folder]);
+    await holder.waitFor('mounted');
+    this.#mounts = [`--mount=/proc/${holder.pid}/ns/mnt`];
+  }
+
+  #entering(): string[] {
+    return ['nsenter', `--net=${this.path}`, ...this.#mounts, '--'];
   }
 
   /** Reads a sysctl of this host, or sets it when a value is given; returns its value. */
@@ -484,6 +502,13 @@ export class Lab implements AsyncDisposable {
     const link = new Link(ends[0], ends[1]);
     await link.shape(options);
     return link;
+  }
+
+  /** Removes one host before the others, as when a container ends: its namespace lives on while anybody else holds it. */
+  async drop(host: Host): Promise<void> {
+    this.#hosts.delete(host.name);
+    await host.killAll();
+    await remove(host.namespace);
   }
 
   /** Kills every program of the lab and removes its namespaces, and with them links, routes, rules and sysctls. */

@@ -1,12 +1,13 @@
 /** What our texts rely on in nftables: the same cases for the real one and for tests/fakes/nft.ts. */
 import { expect, it } from 'vitest';
 import type { Nft, NftFailure } from '../../appliance/kernel/nft.ts';
-import { type Address, parseAddress, parsePrefix } from '../../appliance/protocol/address.ts';
+import { type Address, formatAddress, parseAddress, parsePrefix } from '../../appliance/protocol/address.ts';
 import { type Lease, MAP_SIZE, type Write } from '../../appliance/router/leases.ts';
 import {
   AddressBook,
-  CHAINS,
+  chainNames,
   type Element,
+  FLUSH_TUNNELS,
   type Foreign,
   LIST_CHAINS,
   LIST_MEMORY,
@@ -17,12 +18,17 @@ import {
   readElement,
   readFacts,
   readNames,
+  readTunnelElement,
   renderCreation,
   renderForeignRemoval,
   renderMemory,
   renderStatic,
+  renderTunnel,
+  renderTunnelRemoval,
   renderWrite,
+  tunnelSet,
 } from '../../appliance/router/ruleset.ts';
+import type { Tunnel } from '../../appliance/router/tunnels.ts';
 
 function address(text: string): Address {
   const parsed = parseAddress(text);
@@ -58,6 +64,7 @@ export function config(over: Partial<RulesetConfig> = {}): RulesetConfig {
       ],
     },
     timeouts: true,
+    vpn: null,
     ...over,
   };
 }
@@ -107,15 +114,15 @@ export function nftCases(open: () => Promise<{ nft: Nft; elapse: (ms: number) =>
     async (relay) => {
       const { nft } = await open();
       expect(await lines(nft, LIST_RULES)).toMatchObject({ kind: 'absent' });
-      const wanted = config({ relay, legacyV1: relay === 'join' });
+      const wanted = config({ relay, legacyV1: relay === 'join', vpn: relay === 'mptcp' ? null : 'detour-vpn' });
       expect(await nft.run(renderStatic(wanted, null))).toBeNull();
       const first = await lines(nft, LIST_RULES);
       if ('kind' in first) throw new Error(first.message);
       const names = readNames(first);
       const chains = await lines(nft, LIST_CHAINS);
       if ('kind' in chains) throw new Error(chains.message);
-      expect(readNames(chains).chains.toSorted()).toEqual(CHAINS.toSorted());
-      expect(names.chains.toSorted()).toEqual(CHAINS.toSorted());
+      expect(readNames(chains).chains.toSorted()).toEqual(chainNames(wanted).toSorted());
+      expect(names.chains.toSorted()).toEqual(chainNames(wanted).toSorted());
       expect(names.sets).toEqual(expect.arrayContaining(['memory', 'control4', 'syn6']));
       expect(await nft.run(renderStatic(wanted, names))).toBeNull();
       expect(((await lines(nft, LIST_RULES)) as string[]).toSorted()).toEqual(first.toSorted());
@@ -246,6 +253,62 @@ export function nftCases(open: () => Promise<{ nft: Nft; elapse: (ms: number) =>
     });
     expect(await nft.run(`${text(fine)}this is no command\n`)).toMatchObject({ kind: 'rejected' });
     expect(await elements(nft, 4)).toHaveLength(1);
+  });
+
+  it('lets the addresses of tunnels through for as long as it is told, and tells whose they are', async () => {
+    const { nft, elapse } = await open();
+    expect(await nft.run(renderStatic(config({ vpn: 'detour-vpn' }), null))).toBeNull();
+    const tunnel = (v4: string | null, v6: string | null, over: Partial<Tunnel> = {}): Tunnel => ({
+      owner: 0x1a2b3c4d,
+      publicKey: new Uint8Array(32).fill(7),
+      v4: v4 === null ? null : address(v4),
+      v6: v6 === null ? null : address(v6),
+      choice: 0,
+      since: 0,
+      expires: 0,
+      ...over,
+    });
+    const held = async (): Promise<string[]> => {
+      const found: string[] = [];
+      for (const family of [4, 6] as const) {
+        const { table, map } = tunnelSet(family);
+        const failure = await nft.dump(table, map, (element) => {
+          const one = readTunnelElement(family, element);
+          const seconds = one && (one.remaining > 600 ? 'long' : one.remaining > 60 ? 'middle' : 'short');
+          found.push(
+            one ? `${formatAddress(one.address)} ${one.owner.toString(16)} ${one.choice} ${seconds}` : 'foreign',
+          );
+        });
+        if (failure) throw new Error(failure.message);
+      }
+      return found.toSorted();
+    };
+    const first = tunnel('10.215.7.1', 'fd0d:e70::7:1');
+    const only = tunnel(null, 'fd0d:e70::7:2', { owner: 0, choice: 7 });
+    expect(await nft.run(renderTunnel(first, 600, null))).toBeNull();
+    expect(await nft.run(renderTunnel(only, 60, null))).toBeNull();
+    expect(await held()).toEqual([
+      '10.215.7.1 1a2b3c4d 0 long',
+      'fd0d:e70::7:1 1a2b3c4d 0 long',
+      'fd0d:e70::7:2 0 7 middle',
+    ]);
+    const moved = tunnel('198.19.7.1', 'fd0d:e70::7:3', { choice: 1 });
+    expect(await nft.run(renderTunnel(moved, 600, first))).toBeNull();
+    expect(await nft.run(renderTunnel(only, 600, null))).toBeNull();
+    expect(await nft.run('add element inet detour tunnels4 { 10.215.0.9 timeout 60s }\n')).toBeNull();
+    expect(await held()).toEqual([
+      '198.19.7.1 1a2b3c4d 1 long',
+      'fd0d:e70::7:2 0 7 long',
+      'fd0d:e70::7:3 1a2b3c4d 1 long',
+      'foreign',
+    ]);
+    expect(await nft.run(renderTunnelRemoval(moved))).toBeNull();
+    expect(await nft.run(renderTunnelRemoval(moved))).toBeNull();
+    expect(await nft.run(renderTunnel(only, 1, null))).toBeNull();
+    await elapse(7_000);
+    expect(await held()).toEqual(['foreign']);
+    expect(await nft.run(FLUSH_TUNNELS)).toBeNull();
+    expect(await held()).toEqual([]);
   });
 
   it('says that a map is full, and that a table is not there', async () => {

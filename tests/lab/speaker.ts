@@ -3,24 +3,33 @@
  * a network namespace:
  *   node speaker.ts <router> <keyid:secret> <command>...
  * Commands: `lease=ADDR:PORT[,suggested[,lifetime]]`, `release=ADDR:PORT`, `hello`, `ping`, `raw=HEX`. One JSON line each.
+ * Tunnels are asked for by tests that import it.
  */
 import { fileURLToPath } from 'node:url';
 import type { Datagrams } from '../../appliance/kernel/datagrams.ts';
 import { udpDatagrams } from '../../appliance/kernel/datagrams.ts';
 import { type Endpoint, formatEndpoint, parseEndpoint } from '../../appliance/protocol/address.ts';
 import {
-  decodeResponse,
+  decodeAnswer,
   deriveKeys,
   encodeRequest,
+  FLAG_PEER,
   type Keys,
   PROTOCOL_TCP,
   type Request,
   type Response,
   resultName,
+  type TunnelGrant,
+  type TunnelResponse,
   TYPE,
 } from '../../appliance/protocol/control.ts';
+import { inVm } from './netns.ts';
 
-const SILENCE_MS = 500;
+/** The VM's processor is emulated. */
+const SILENCE_MS = inVm ? 10_000 : 500;
+
+/** What became of a question about tunnels. */
+export type TunnelAnswer = { readonly result: string; readonly lifetime?: number; readonly tunnel?: TunnelGrant };
 
 /** One session with one router. */
 export class Speaker {
@@ -96,19 +105,47 @@ export class Speaker {
     };
   }
 
-  /** Sends bytes and hands back the first authentic answer to them; null when nothing came. */
+  /** Sends bytes and hands back the first authentic answer to them; null when nothing came, or it grants a tunnel. */
   async exchange(bytes: Uint8Array): Promise<Response | null> {
-    const { promise, resolve } = Promise.withResolvers<Response>();
+    const answer = await this.#converse(bytes);
+    return answer && 'tunnel' in answer ? null : answer;
+  }
+
+  async #converse(bytes: Uint8Array): Promise<Response | TunnelResponse | null> {
+    const { promise, resolve } = Promise.withResolvers<Response | TunnelResponse>();
     const heard = (answer: Uint8Array): void => {
-      const response = decodeResponse(answer, this.keys, bytes);
+      const response = decodeAnswer(answer, this.keys, bytes);
       if (response) resolve(response);
     };
     this.#waiting.add(heard);
     this.#send(bytes);
     const response = await Promise.race([promise, this.#silence().then(() => null)]);
     this.#waiting.delete(heard);
-    if (response) this.#cookie = response.cookie;
+    if (response && 'cookie' in response) this.#cookie = response.cookie;
     return response;
+  }
+
+  async #tunnel(over: Partial<Request>): Promise<TunnelAnswer> {
+    const bytes = encodeRequest(this.request(TYPE.TUNNEL, over), this.keys);
+    const answer = await this.#converse(bytes);
+    if (!answer) return { result: 'silence' };
+    const { result, lifetime } = answer;
+    return { result: resultName(result), lifetime, ...('tunnel' in answer ? { tunnel: answer.tunnel } : {}) };
+  }
+
+  /** Asks for the router's end of the tunnels. */
+  router(): Promise<TunnelAnswer> {
+    return this.#tunnel({});
+  }
+
+  /** Asks for addresses inside a tunnel. */
+  enrol(publicKey: Uint8Array, choice = 0, lifetime = 600): Promise<TunnelAnswer> {
+    return this.#tunnel({ flags: FLAG_PEER, lifetime, peer: { publicKey, choice } });
+  }
+
+  /** Gives a tunnel up. */
+  leave(publicKey: Uint8Array): Promise<Response | null> {
+    return this.ask(TYPE.RELEASE, { flags: FLAG_PEER, peer: { publicKey, choice: 0 } });
   }
 
   /** Sends bytes and hands back whatever comes first, authentic or not. */

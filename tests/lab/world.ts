@@ -48,6 +48,31 @@ export async function detourWorld(
   };
 }
 
+/**
+ * Namespaces on a bridge of `host`, as an engine makes them for containers: 10.90.x.y, and nothing between them and the world but
+ * that host, which forwards. Others need a route to 10.90.0.0/16 by it.
+ */
+export async function bridged(lab: Lab, host: Host, count: number): Promise<Host[]> {
+  const hosts: Host[] = [];
+  const commands = ['link add bridge0 type bridge', 'addr add 10.90.0.1/16 dev bridge0', 'link set bridge0 up'];
+  for (let index = 0; index < count; index++) {
+    const one = await lab.host(`c${index}`);
+    hosts.push(one);
+    commands.push(
+      `link add v${index} type veth peer name eth0 netns ${one.namespace}`,
+      `link set v${index} master bridge0 up`,
+    );
+  }
+  await host.exec(['ip', '-batch', '-'], { input: `${commands.join('\n')}\n` });
+  await host.forward();
+  for (const [index, one] of hosts.entries()) {
+    const address = `10.90.${1 + Math.floor(index / 200)}.${1 + (index % 200)}`;
+    const own = [`addr add ${address}/16 dev eth0`, 'link set eth0 up', 'route add default via 10.90.0.1'];
+    await one.exec(['ip', '-batch', '-'], { input: `${own.join('\n')}\n` });
+  }
+  return hosts;
+}
+
 /** Waits until the agent has had an answer from that many detours. */
 export async function waitForDetours(agent: Daemon, count: number): Promise<void> {
   await waitUntil(

@@ -10,7 +10,7 @@ import { afterAll, describe, expect, it } from 'vitest';
 import { createLog } from '../../appliance/log.ts';
 import { type Address, formatAddress } from '../../appliance/protocol/address.ts';
 import { loadClientSettings, loadRouterSettings } from '../../appliance/settings.ts';
-import type { DaemonView } from '../../appliance/status/daemon.ts';
+import type { DaemonView, Json } from '../../appliance/status/daemon.ts';
 import { openStatus } from '../../appliance/status/server.ts';
 
 const CLI = join(import.meta.dirname, '../../appliance/cli.ts');
@@ -90,7 +90,7 @@ describe('bad configuration', () => {
     DETOUR_RELAY: 'all',
     DETOUR_PORTS: '9-1',
     DETOUR_KEYZ: 'x',
-    DETOUR_VPN: 'wireguard',
+    DETOUR_VPN: 'openvpn',
     DETOUR_SOCKET: 'rel',
   };
 
@@ -340,7 +340,7 @@ describe('explain', () => {
     port: 443,
     prefix: '198.51.100.0/24',
     directBytesPerSecond: 2_500_000,
-    connections: [] as object[],
+    connections: [] as Json[],
     connectionsLeftOut: 0,
     detours: [
       { detour: 'fra', address: '192.0.2.1:45672', state: 'up', addsBytesPerSecond: 1_250_000, why: 'measured' },
@@ -419,6 +419,27 @@ describe('explain', () => {
       expect(name.stdout).toMatch(/^localhost: (127\.0\.0\.1|::1)$/m);
     });
     expect(asked.slice(0, 3)).toEqual(['198.51.100.7 443', '198.51.100.7 null', '2001:db8::7 8443']);
+  });
+
+  it('shows every network of an agent that serves several, and says so when there is none yet', async () => {
+    const explain = async (address: Address, port: number | null) =>
+      port === 1
+        ? []
+        : [null, 'shop/web-0'].map(
+            (workload): Json => ({ workload, ...answer, address: formatAddress(address), port }),
+          );
+    await serving(explain, async (socket) => {
+      const env = { DETOUR_SOCKET: socket };
+      const { stdout } = await detour(['explain', '198.51.100.7:443'], env);
+      expect(stdout.match(/^198.*$/gm)).toEqual(['198.51.100.7, port 443', '198.51.100.7, port 443, from shop/web-0']);
+      expect(stdout.match(/^no connection to it/gm)).toHaveLength(2);
+      const json = await detour(['explain', '198.51.100.7:443', '--json'], env);
+      expect(JSON.parse(json.stdout)).toMatchObject([{ workload: null }, { workload: 'shop/web-0' }]);
+      expect(await detour(['explain', '198.51.100.7:1'], env)).toMatchObject({
+        code: 1,
+        stderr: 'no network is served yet: see `detour status`\n',
+      });
+    });
   });
 
   it('says so when the name does not resolve, and when the daemon is a router', async () => {

@@ -186,7 +186,7 @@ describe('DETOUR_MPTCPIFY=labelled', () => {
     await world.start({ mptcpify: 'labelled' }, () => switches);
     await world.workloads(workload('aa', true), { ...workload('bb', false), paths: ['/run/aa'] });
     expect(switches.groups.values).toEqual(new Map([[101n, YES]]));
-    expect(world.logged('workload-shares')).toEqual([]);
+    expect(world.logged('workload-not-as-asked')).toEqual([]);
     // Who stays when the first one goes keeps its own way.
     await world.workloads({ ...workload('bb', true), paths: ['/run/aa'] });
     expect(switches.groups.values).toEqual(new Map([[102n, YES]]));
@@ -427,11 +427,15 @@ describe('what providers say of control groups', () => {
           name: 'web',
           labels: { 'detour.enable': 'true', 'detour.mptcp': 'true' },
           pid: 7,
-          startedAt: 'now',
-          sandbox: '/run/web',
-          joined: null,
+          startedAt: 1,
+          network: { kind: 'own', sandbox: '/run/web' },
         }),
-        follow: async () => ({ close: () => undefined }),
+        follow: async () => ({ ended: new Promise(() => undefined) }),
+      },
+      processes: {
+        find: async () => ({ processes: new Map(), refused: null }),
+        holds: () => true,
+        pathOf: async () => null,
       },
       clock,
       log,
@@ -452,6 +456,7 @@ describe('what providers say of control groups', () => {
       name: 'shop/web',
       annotations: { 'detour.dev/enable': 'true', 'detour.dev/mptcp': 'true' },
       hostNetwork: false,
+      ended: false,
       containers,
     });
     const provider = watchKubernetes({
@@ -460,13 +465,18 @@ describe('what providers say of control groups', () => {
           each(pod('c1'));
           return '1';
         },
-        watch: (_, each) => {
-          change = each;
-          return { ended: new Promise(() => undefined), close: () => undefined };
+        watch: (_, watching) => {
+          change = watching.each;
+          return new Promise(() => undefined);
         },
       },
       processes: {
-        find: async (ids) => new Map([...ids].map((id) => [id, { pid: 7, path: '/proc/7/ns/net', namespace: '4:5' }])),
+        find: async (words) => ({
+          processes: new Map([...words].map((word) => [word, { path: '/proc/7/ns/net', namespace: '4:5' }])),
+          refused: null,
+        }),
+        holds: () => true,
+        pathOf: async () => null,
       },
       clock,
       log,
@@ -477,7 +487,7 @@ describe('what providers say of control groups', () => {
     });
     await clock.advance(1_000);
     expect(seen).toMatchObject([{ groups: ['podab-cd', 'podab_cd', 'c1'], wishes: { mptcp: true } }]);
-    change({ kind: 'changed', pod: pod('c2') });
+    change({ kind: 'changed', version: '2', pod: pod('c2') });
     await clock.advance(1_000);
     expect(seen).toMatchObject([{ groups: ['podab-cd', 'podab_cd', 'c2'] }]);
     provider.stop();

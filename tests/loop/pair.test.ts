@@ -1,5 +1,8 @@
-import { afterEach, expect, test } from 'vitest';
+import { afterEach, describe, expect, test } from 'vitest';
 import { type Daemon, startDaemon } from '../../appliance/client/daemon.ts';
+import { createDetours } from '../../appliance/client/detours.ts';
+import { REMOVE_GUARD } from '../../appliance/client/guard.ts';
+import { createTunnels } from '../../appliance/client/tunnels.ts';
 import { systemFiles } from '../../appliance/kernel/files.ts';
 import { systemLookup } from '../../appliance/kernel/lookup.ts';
 import { systemSchedule } from '../../appliance/kernel/schedule.ts';
@@ -12,7 +15,9 @@ import {
   formatEndpoint,
   parseAddress,
   parseEndpoint,
+  parsePrefix,
 } from '../../appliance/protocol/address.ts';
+import { deriveKeys, TYPE } from '../../appliance/protocol/control.ts';
 import { Router } from '../../appliance/router/server.ts';
 import type { ClientSettings, RouterSettings } from '../../appliance/settings.ts';
 import { FakeClock, settle } from '../fakes/clock.ts';
@@ -21,6 +26,7 @@ import { FakeGroups, FakeSwitches } from '../fakes/mptcpify.ts';
 import { FakeNetwork, type Fate } from '../fakes/network.ts';
 import { FakeNft } from '../fakes/nft.ts';
 import { FakeRouting } from '../fakes/routing.ts';
+import { FakeTunnels, FakeWire } from '../fakes/wireguard.ts';
 import type { Status } from '../netns/world.ts';
 
 /** Router and agent in one process: their clock, wires and kernels are the test's, everything else is the real thing. */
@@ -55,6 +61,8 @@ type Machine = {
   readonly v4: Address;
   readonly v6: Address;
   readonly nft: FakeNft;
+  readonly addresses: Address[];
+  readonly tunnels: FakeTunnels;
   router: Router | null;
 };
 
@@ -66,6 +74,10 @@ class Pair {
   readonly network = new FakeNetwork(this.clock);
   readonly kernel = new FakeKernel(this.clock);
   readonly machines: Machine[] = [];
+  readonly wire = new FakeWire();
+  readonly tunnels = new FakeTunnels(this.addresses, 'client');
+  /** What the client told nft about tunnels, in order. */
+  readonly guard: string[] = [];
   readonly lines: { level: string; event: string }[] = [];
   daemon: Daemon | null = null;
   /** Machines whose way is cut: neither datagrams nor SYNs get through. */
@@ -74,11 +86,15 @@ class Pair {
   #port = 40_000;
 
   constructor() {
+    this.wire.hosts.push(this.tunnels);
+    this.network.reaches = (sender, from, receiver, to) =>
+      !sender || !this.wire.isInside(from.address) || this.wire.carries(sender, from.address, receiver, to.address);
     this.network.fate = (from, to, bytes) => {
       const ends = [from, to].map((one) => formatAddress(one.address));
       return ends.some((end) => this.cut.has(end)) ? [] : this.fate(from, to, bytes);
     };
     this.kernel.way = (local, remote) => {
+      if (this.wire.isInside(local.address)) return this.#throughTunnel(local, remote);
       const machine = this.machines.find(({ v4, v6 }) => [v4, v6].some((one) => one.value === remote.address.value));
       if (!machine) return remote;
       if (this.cut.has(formatAddress(remote.address))) return 'silence';
@@ -91,6 +107,19 @@ class Pair {
     };
   }
 
+  /** A SYN out of a tunnel: the router lets it through to the server, or drops it. */
+  #throughTunnel(local: Endpoint, remote: Endpoint): Endpoint | 'silence' {
+    const tunnels = this.wire.beyond(this.addresses, local.address);
+    const machine = this.machines.find((one) => one.tunnels === tunnels);
+    const gateway = tunnels?.devices
+      .get('detour-vpn')
+      ?.held.find(({ address }) => address.family === local.address.family);
+    if (!machine || !gateway || this.cut.has(formatAddress(machine.v4))) return 'silence';
+    if (!this.wire.carries(this.addresses, local.address, machine.addresses, gateway.address)) return 'silence';
+    const granted = machine.nft.elements(`tunnels${local.address.family}`).has(formatAddress(local.address));
+    return granted ? remote : 'silence';
+  }
+
   readonly log: Log = {
     debug: () => undefined,
     info: (event) => this.lines.push({ level: 'info', event }),
@@ -99,13 +128,18 @@ class Pair {
   };
 
   async machine(n: number, settings: Partial<RouterSettings> = {}): Promise<Machine> {
+    const [v4, v6] = [address(`80.0.0.${n}`), address(`2a00:80::${n}`)];
+    const addresses = [v4, v6];
     const machine: Machine = {
       name: `d${n}`,
-      v4: address(`80.0.0.${n}`),
-      v6: address(`2a00:80::${n}`),
+      v4,
+      v6,
+      addresses,
       nft: new FakeNft(this.clock),
+      tunnels: new FakeTunnels(addresses, `d${n}`),
       router: null,
     };
+    this.wire.hosts.push(machine.tunnels);
     this.machines.push(machine);
     await this.startRouter(machine, settings);
     return machine;
@@ -124,13 +158,14 @@ class Pair {
         leaseTime: 600_000,
         legacyV1: false,
         onExit: 'keep',
+        vpn: null,
         ...settings,
       },
       {
         clock: this.clock,
         log: this.log,
         nft: machine.nft,
-        datagrams: this.network.host([machine.v4, machine.v6]),
+        datagrams: this.network.host(machine.addresses),
         addresses: {
           local: () => [
             { address: machine.v4, length: 24, interface: 'eth0' },
@@ -144,6 +179,7 @@ class Pair {
           cut: async () => 0,
         },
         upkeep: async () => ({ v4: null, v6: null }),
+        openTunnels: () => machine.tunnels,
       },
     );
     expect(await router.start()).toBeNull();
@@ -205,6 +241,18 @@ class Pair {
             openRescue: () => {
               throw new Error('no rescue here');
             },
+            openTunnels: () => ({
+              ...this.tunnels,
+              place: 'own',
+              nft: {
+                run: async (text) => {
+                  this.guard.push(text);
+                  return null;
+                },
+                list: async () => null,
+                dump: async () => null,
+              },
+            }),
             openPathManager: this.kernel.openPathManager,
           },
           load: async () => undefined,
@@ -591,4 +639,294 @@ test('the next agent tells what its predecessor made over another interface from
     'nat active',
     'nat active',
   ]);
+});
+
+describe('tunnels', () => {
+  const prefix = (text: string) => {
+    const parsed = parsePrefix(text);
+    if (!parsed) throw new Error(text);
+    return parsed;
+  };
+  const vpn = (v4 = '10.215.0.0/16', v6 = 'fd0d:e70::/48') => ({
+    vpn: { port: 51820, v4: prefix(v4), v6: prefix(v6) },
+  });
+  const ONLY = { strategy: { kinds: ['vpn'], ordered: true } } as const;
+  const AUTO = { strategy: { kinds: ['nat', 'vpn'], ordered: false, fallback: true } } as const;
+  /** The client as the fake host of a kernel with both families. */
+  const begin = (): void => {
+    for (const own of [CLIENT.v4, CLIENT.v6])
+      pair.tunnels.foreign.push({ to: { address: own, length: own.family === 4 ? 32 : 128 }, table: 255, index: 2 });
+  };
+  const devices = (): string[] => [...pair.tunnels.devices.keys()];
+  const inside = (family: 4 | 6 = 4): string[] =>
+    [...pair.tunnels.devices.values()].flatMap(({ held }) =>
+      held.filter(({ address: one }) => one.family === family).map(({ address: one }) => formatAddress(one)),
+    );
+  const paths = async (token: number): Promise<string[]> => {
+    const { connections } = await pair.status();
+    const one = connections.find((connection) => Number.parseInt(connection.token, 16) === token);
+    return (one?.paths ?? []).map(({ kind, detour, state }) => `${kind} ${detour} ${state}`).sort();
+  };
+  const peersOf = (machine: Machine): number => machine.tunnels.devices.get('detour-vpn')?.peers.size ?? 0;
+  const events = (event: string): number => pair.lines.filter((line) => line.event === event).length;
+
+  test.each([
+    ['IPv4', SERVER, 4],
+    ['IPv6', SERVER6, 6],
+  ] as const)('a connection gains a path through one: %s', async (_, server, family) => {
+    begin();
+    const machine = await pair.machine(1, vpn());
+    await pair.startAgent(ONLY);
+    await pair.clock.advance(2_000);
+    const token = await pair.connect(server);
+    expect(pair.kernel.created).toMatchObject([{ remote: server, localId: 1 }]);
+    expect(formatAddress(pair.kernel.created[0]?.local ?? CLIENT.v4)).toBe(inside(family)[0]);
+    await pair.clock.advance(pair.kernel.rtt);
+    expect(await paths(token)).toEqual(['direct null active', 'vpn d1 active']);
+    expect(peersOf(machine)).toBe(1);
+    // What leaves from there, and nothing else, leaves by the tunnel.
+    expect(pair.tunnels.rules.map(({ from }) => formatAddress(from)).toSorted()).toEqual([...inside(4), ...inside(6)]);
+    expect(pair.leases(machine, family)).toEqual([]);
+  });
+
+  test('is renewed for as long as the agent runs, and leaves nothing anywhere when that ends', async () => {
+    begin();
+    const machine = await pair.machine(1, vpn());
+    await pair.startAgent(ONLY);
+    await pair.clock.advance(3_600_000);
+    expect(peersOf(machine)).toBe(1);
+    expect(machine.nft.elements('tunnels4').size).toBe(1);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    const addresses = pair.addresses.length;
+    const stopped = pair.daemon?.stop();
+    await pair.clock.advance(1_000);
+    await stopped;
+    expect([devices(), pair.tunnels.rules]).toEqual([[], []]);
+    expect(pair.guard.at(-1)).toBe(REMOVE_GUARD);
+    expect(pair.addresses.length).toBe(addresses - 2);
+    expect(peersOf(machine)).toBe(0);
+    // The server heard of the end of what ran through it.
+    expect(pair.kernel.flows(token)).toEqual([formatEndpoint(SERVER)]);
+  });
+
+  test('no router without them is ever asked', async () => {
+    begin();
+    await pair.machine(1);
+    await pair.startAgent({ strategy: { kinds: ['nat', 'vpn'], ordered: false } });
+    const token = await pair.connect();
+    await pair.clock.advance(60_000);
+    expect(await paths(token)).toEqual(['direct null active', 'nat d1 active']);
+    expect(devices()).toEqual([]);
+    expect(pair.network.sent.filter(({ bytes }) => bytes[2] === TYPE.TUNNEL)).toEqual([]);
+  });
+
+  test('of a detour that offers both, a connection uses one at a time', async () => {
+    begin();
+    await pair.machine(1, vpn());
+    await pair.machine(2, vpn());
+    await pair.startAgent({ strategy: { kinds: ['vpn', 'nat'], ordered: true } });
+    await pair.clock.advance(2_000);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    expect(await paths(token)).toEqual(['direct null active', 'vpn d1 active', 'vpn d2 active']);
+    expect(devices()).toHaveLength(2);
+  });
+
+  test('by default they wait until leases are of no use', async () => {
+    begin();
+    const machine = await pair.machine(1, vpn());
+    await pair.startAgent(AUTO);
+    const first = await pair.connect();
+    await pair.clock.advance(20_000);
+    expect(await paths(first)).toEqual(['direct null active', 'nat d1 active']);
+    expect(devices()).toEqual([]);
+    // Only UDP passes on this network.
+    const way = pair.kernel.way;
+    pair.kernel.way = (local, remote) => (machine.v4.value === remote.address.value ? 'silence' : way(local, remote));
+    const second = await pair.connect(endpoint('93.184.216.35:443'));
+    await pair.clock.advance(15_000);
+    expect(await paths(second)).toContain('vpn d1 active');
+    expect(await paths(first)).toContain('nat d1 active');
+  });
+
+  test('and go again on a network where leases may do', async () => {
+    begin();
+    const machine = await pair.machine(1, vpn());
+    await pair.startAgent(AUTO);
+    const way = pair.kernel.way;
+    pair.kernel.way = (local, remote) => (machine.v4.value === remote.address.value ? 'silence' : way(local, remote));
+    const token = await pair.connect();
+    await pair.clock.advance(15_000);
+    expect(devices()).toHaveLength(1);
+    pair.kernel.close(token);
+    pair.routing.change([{ address: CLIENT.v4, interface: 'eth0', index: 3, deprecated: false }]);
+    await pair.clock.advance(5_000);
+    expect(devices()).toEqual([]);
+  });
+
+  test('a router that was restarted with another key is enrolled with again, within a second of its first answer', async () => {
+    begin();
+    const machine = await pair.machine(1, vpn());
+    await pair.startAgent(ONLY);
+    await pair.clock.advance(2_000);
+    const key = machine.tunnels.devices.get('detour-vpn')?.keys?.publicKey;
+    const up = events('tunnel-up');
+    await pair.stopRouter(machine);
+    machine.tunnels.reboot();
+    machine.nft.flushRuleset();
+    await pair.startRouter(machine, vpn());
+    expect(machine.tunnels.devices.get('detour-vpn')?.keys?.publicKey).not.toEqual(key);
+    // The next PING is at most 27.5 s away; a connection that misses its path asks at once.
+    await pair.clock.advance(28_500);
+    expect(peersOf(machine)).toBe(1);
+    const token = await pair.connect();
+    await pair.clock.advance(100);
+    expect(await paths(token)).toContain('vpn d1 active');
+    expect(events('tunnel-up')).toBeGreaterThanOrEqual(up);
+  });
+
+  test('two detours with the same network give different addresses', async () => {
+    begin();
+    await pair.machine(1, vpn('10.215.0.0/30'));
+    await pair.machine(2, vpn('10.215.0.0/30'));
+    await pair.startAgent(ONLY);
+    await pair.clock.advance(5_000);
+    expect(inside(4).toSorted()[0]).toBe('10.215.0.2');
+    expect(inside(4).toSorted()[1]).toMatch(/^198\.19\./);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    expect(await paths(token)).toEqual(['direct null active', 'vpn d1 active', 'vpn d2 active']);
+  });
+
+  test('a network of the client’s is kept clear of', async () => {
+    begin();
+    pair.tunnels.foreign.push({ to: prefix('10.0.0.0/8'), table: 254, index: 2 });
+    await pair.machine(1, vpn());
+    await pair.startAgent(ONLY);
+    await pair.clock.advance(5_000);
+    expect(inside(4)[0]).toMatch(/^198\.19\./);
+    expect(events('tunnel-renumbered')).toBe(1);
+    // A new network arrives that the tunnel is in the way of.
+    pair.tunnels.foreign.push({ to: prefix('198.18.0.0/15'), table: 254, index: 2 });
+    pair.tunnels.foreign.splice(2, 1);
+    pair.routing.change([{ address: CLIENT.v4, interface: 'eth0', index: 3, deprecated: false }]);
+    await pair.clock.advance(10_000);
+    expect(inside(4)[0]).toMatch(/^10\.215\./);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    expect(await paths(token)).toContain('vpn d1 active');
+  });
+
+  test('where no address is free, it says so, and everything else goes on', async () => {
+    begin();
+    for (const network of ['10.0.0.0/8', '198.18.0.0/15'])
+      pair.tunnels.foreign.push({ to: prefix(network), table: 254, index: 2 });
+    await pair.machine(1, vpn());
+    await pair.startAgent({ strategy: { kinds: ['nat', 'vpn'], ordered: false } });
+    await pair.clock.advance(5_000);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    expect(await paths(token)).toEqual(['direct null active', 'nat d1 active']);
+    expect(JSON.stringify((await pair.status()).tunnels)).toMatch(/no address inside it is free on this host/);
+    expect(devices()).toEqual([]);
+  });
+
+  test('one that carries nothing is found, its path made elsewhere, and used again when it does', async () => {
+    begin();
+    await pair.machine(1, vpn());
+    await pair.machine(2, vpn());
+    await pair.startAgent({ ...ONLY, maxPaths: 1 });
+    await pair.clock.advance(5_000);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    const [used = ''] = (await paths(token)).filter((path) => path.startsWith('vpn'));
+    const name = used.split(' ')[1] ?? '';
+    const machine = pair.machines.find((one) => one.name === name);
+    const key = machine?.tunnels.devices.get('detour-vpn')?.keys?.publicKey ?? new Uint8Array(0);
+    pair.wire.blocked.add(Buffer.from(key).toString('hex'));
+    pair.kernel.stall(token, SERVER, 3, pair.kernel.created[0]?.local);
+    await pair.clock.advance(15_000);
+    const other = name === 'd1' ? 'd2' : 'd1';
+    expect(await paths(token)).toContain(`vpn ${other} active`);
+    const { tunnels = [] } = await pair.status();
+    expect(tunnels.find(({ detour }) => detour === name)?.why).toMatch(
+      /nothing comes back through it, although its detour answers/,
+    );
+    pair.wire.blocked.clear();
+    await pair.clock.advance(60_000);
+    expect((await pair.status()).tunnels?.map(({ state }) => state)).toEqual(['up', 'up']);
+  });
+
+  test('a client that can carry none says why, once, and the leases do', async () => {
+    begin();
+    pair.tunnels.missing = 'this kernel has no WireGuard. docker: --device /dev/net/tun';
+    await pair.machine(1, vpn());
+    await pair.startAgent({ strategy: { kinds: ['vpn', 'nat'], ordered: true } });
+    await pair.clock.advance(120_000);
+    const token = await pair.connect();
+    await pair.clock.advance(1_000);
+    expect(await paths(token)).toEqual(['direct null active', 'nat d1 active']);
+    expect(events('tunnel-down')).toBe(1);
+    expect((await pair.status()).tunnels?.[0]?.why).toContain('--device /dev/net/tun');
+  });
+
+  test('what a killed agent left is gone when the next one starts', async () => {
+    begin();
+    await pair.tunnels.wireguard.create('dtv-left123456');
+    await pair.tunnels.links.addRule({ from: address('10.215.9.9'), table: 45_700, priority: 4_570 });
+    await pair.tunnels.links.addRule({ from: address('10.215.9.9'), table: 45_700, priority: 100 });
+    await pair.machine(1);
+    await pair.startAgent();
+    expect(devices()).toEqual([]);
+    // A rule with other numbers is somebody else's, whatever it is about.
+    expect(pair.tunnels.rules.map(({ priority }) => priority)).toEqual([100]);
+    expect(pair.guard).toContain(REMOVE_GUARD);
+  });
+
+  test('a key that nothing depends on is replaced after twelve hours', async () => {
+    begin();
+    const machine = await pair.machine(1, vpn());
+    // Without an agent's ticks: there are five of those a second.
+    let used = true;
+    let ups = 0;
+    const common = { keys: deriveKeys(KEY.id, KEY.secret), clock: pair.clock, log: pair.log };
+    const datagrams = pair.network.host(pair.addresses);
+    const detours = createDetours({ ...common, datagrams, onEvent: () => undefined });
+    const at = { address: machine.v4, port: 45672 };
+    detours.set([{ key: 'd1', name: 'd1', endpoint: at }]);
+    const tunnels = createTunnels({
+      ...common,
+      datagrams,
+      ports: {
+        ...pair.tunnels,
+        place: 'own',
+        nft: { run: async () => null, list: async () => null, dump: async () => null },
+      },
+      route: async () => null,
+      entrance: () => ({ detour: 'd1', endpoint: at }),
+      ask: detours.tunnel,
+      inUse: () => used,
+      onEvent: ({ kind }) => {
+        if (kind === 'tunnel-up') ups++;
+      },
+    });
+    await pair.clock.advance(100);
+    tunnels.want('d1');
+    await pair.clock.advance(13 * 3_600_000);
+    const peers = () => [...(machine.tunnels.devices.get('detour-vpn')?.peers.keys() ?? [])];
+    const [before, ...more] = peers();
+    expect([before, more]).toEqual([expect.any(String), []]);
+    expect(events('tunnel-rekeyed')).toBe(0);
+    used = false;
+    await pair.clock.advance(60_000);
+    expect(peers()).toEqual([expect.not.stringMatching(before ?? '')]);
+    // One check in 25 s, and never a moment in which it was down.
+    expect(ups).toBeGreaterThan(1_700);
+    expect(events('tunnel-down')).toBe(0);
+    const stopped = tunnels.stop();
+    await pair.clock.advance(1_000);
+    await stopped;
+    detours.stop();
+  });
 });

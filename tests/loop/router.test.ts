@@ -5,11 +5,19 @@ import type { Nft } from '../../appliance/kernel/nft.ts';
 import {
   type Address,
   type Endpoint,
+  formatAddress,
   parseAddress,
   parseEndpoint,
   parsePrefix,
 } from '../../appliance/protocol/address.ts';
-import { encodeRequest, PROTOCOL_TCP, type Response, resultName, TYPE } from '../../appliance/protocol/control.ts';
+import {
+  encodeRequest,
+  PROTOCOL_TCP,
+  type Response,
+  resultName,
+  TYPE,
+  tunnelMark,
+} from '../../appliance/protocol/control.ts';
 import { decodeLegacyResponse, encodeLegacyRequest } from '../../appliance/protocol/legacy.ts';
 import type { Forwarding } from '../../appliance/router/keeper.ts';
 import { MAP_SIZE } from '../../appliance/router/leases.ts';
@@ -18,7 +26,8 @@ import type { RouterSettings } from '../../appliance/settings.ts';
 import { FakeClock, settle } from '../fakes/clock.ts';
 import { FakeNetwork } from '../fakes/network.ts';
 import { FakeNft } from '../fakes/nft.ts';
-import { Speaker } from '../lab/speaker.ts';
+import { FakeTunnels } from '../fakes/wireguard.ts';
+import { Speaker, type TunnelAnswer } from '../lab/speaker.ts';
 
 function address(text: string): Address {
   const parsed = parseAddress(text);
@@ -44,6 +53,7 @@ const SETTINGS: RouterSettings = {
   legacyV1: false,
   fwmark: { mark: 0xd7000000, mask: 0xff000000 },
   onExit: 'keep',
+  vpn: null,
   http: null,
   socket: '',
   logLevel: 'info',
@@ -61,6 +71,7 @@ class Bench {
   readonly clock = new FakeClock();
   readonly network = new FakeNetwork(this.clock);
   readonly nft = new FakeNft(this.clock);
+  readonly tunnels = new FakeTunnels([], 'router');
   readonly lines: Line[] = [];
   own: { address: Address; length: number; interface: string }[] = [
     { address: DETOUR.v4, length: 24, interface: 'eth0' },
@@ -68,7 +79,7 @@ class Bench {
   ];
   gateways: Address[] = [address('80.0.0.254')];
   usage = { used: 0, max: 1000 };
-  readonly cuts: { client: Address; port: number }[] = [];
+  readonly cuts: { client: Address; port: number | null }[] = [];
   forwarding: Forwarding = { v4: null, v6: null };
   readonly #running: Router[] = [];
 
@@ -92,6 +103,7 @@ class Bench {
       addresses,
       conntrack,
       upkeep: async () => this.forwarding,
+      openTunnels: () => this.tunnels,
     };
   }
 
@@ -691,6 +703,7 @@ describe('what somebody else changes', () => {
     expect(remaining).toBeLessThan(575);
     expect(nft.rules('forwarded')).toHaveLength(rules);
     expect(bench.events('rules-restored')).toMatchObject([{ level: 'warn', found }]);
+    expect(router.counters.get('rules_restored')).toBe(1);
     await router.drain();
     expect((await bench.start()).epoch).toBe(epoch);
   });
@@ -893,4 +906,226 @@ it('opens what the operator allows', async () => {
   const client = await bench.client('198.51.100.7');
   expect(resultOf(await client.lease(endpoint('10.1.2.3:443')))).toBe('OK');
   expect(resultOf(await client.lease(endpoint('10.1.2.3:444')))).toBe('DENIED_DESTINATION');
+});
+
+describe('tunnels', () => {
+  const prefix = (text: string) => {
+    const parsed = parsePrefix(text);
+    if (!parsed) throw new Error(text);
+    return parsed;
+  };
+  const VPN = { vpn: { port: 51820, v4: prefix('10.215.0.0/16'), v6: prefix('fd0d:e70::/48') } };
+  const clientKey = (n: number): Uint8Array => new Uint8Array(32).fill(n + 1);
+  const device = () => bench.tunnels.devices.get('detour-vpn');
+  const peers = (): string[] => [...(device()?.peers.keys() ?? [])].map((text) => text.slice(0, 2)).toSorted();
+  const inner = (answer: TunnelAnswer): { v4: Address; v6: Address } => {
+    const { tunnel } = answer;
+    if (tunnel?.kind !== 'client' || !tunnel.v4 || !tunnel.v6) throw new Error(JSON.stringify(answer.result));
+    return { v4: tunnel.v4.address, v6: tunnel.v6.address };
+  };
+  const lets = (): string[] => [...bench.nft.elements('tunnels4').keys(), ...bench.nft.elements('tunnels6').keys()];
+
+  it('are offered by a router that is told to, in a mark of every answer', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const hello = await client.hello();
+    const answer = await client.router();
+    if (answer.tunnel?.kind !== 'router') throw new Error(answer.result);
+    expect(answer.tunnel.port).toBe(51820);
+    expect(answer.tunnel.publicKey).toEqual(device()?.keys?.publicKey);
+    expect(hello?.flags).toBe(tunnelMark(answer.tunnel.publicKey));
+    expect(device()).toMatchObject({ up: true, port: 51820, mtu: 1420 });
+    expect(device()?.held.map(({ address: one, length }) => `${formatAddress(one)}/${length}`)).toEqual([
+      '10.215.0.1/16',
+      'fd0d:e70::1/48',
+      '198.19.0.1/16',
+    ]);
+  });
+
+  it('are not offered by one that is not', async () => {
+    await fresh().start();
+    const client = await bench.client('81.0.0.1');
+    expect((await client.hello())?.flags).toBe(0);
+    expect((await client.router()).result).toBe('UNSUPPORTED');
+    expect((await client.enrol(clientKey(1))).result).toBe('UNSUPPORTED');
+    expect(resultOf(await client.leave(clientKey(1)))).toBe('UNSUPPORTED');
+    expect(bench.tunnels.devices.size).toBe(0);
+  });
+
+  it('are granted once the kernel has them, renewed, and taken back', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const first = await client.enrol(clientKey(1));
+    expect(first).toMatchObject({ result: 'OK', lifetime: 600, tunnel: { kind: 'client', mtu: 1420 } });
+    const { v4, v6 } = inner(first);
+    expect(lets()).toEqual([formatAddress(v4), formatAddress(v6)]);
+    const [peer] = device()?.peers.values() ?? [];
+    expect(peer?.publicKey).toEqual(clientKey(1));
+    expect(peer?.allowed.map(({ length }) => length).toSorted()).toEqual([128, 32]);
+    await bench.clock.advance(300_000);
+    expect((await client.hello())?.result).toBe(0);
+    expect(inner(await client.enrol(clientKey(1)))).toEqual({ v4, v6 });
+    expect(bench.nft.remaining('tunnels4', formatAddress(v4))).toBeGreaterThan(600);
+    expect(bench.events('tunnel-granted')).toHaveLength(1);
+    expect(JSON.stringify(bench.lines)).not.toContain(Buffer.from(clientKey(1)).toString('hex'));
+    expect(resultOf(await client.leave(clientKey(1)))).toBe('OK');
+    expect([peers(), lets()]).toEqual([[], []]);
+    expect(resultOf(await client.leave(clientKey(1)))).toBe('OK');
+  });
+
+  it('end when they are not renewed', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    await client.enrol(clientKey(1), 0, 60);
+    await bench.clock.advance(75_000);
+    expect([peers(), lets()]).toEqual([[], []]);
+    expect(bench.events('tunnel-expired')).toHaveLength(1);
+  });
+
+  it('give other addresses on request, and those of before are let through no longer', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const before = inner(await client.enrol(clientKey(1)));
+    const after = inner(await client.enrol(clientKey(1), 1));
+    expect(formatAddress(after.v4)).toMatch(/^198\.19\./);
+    expect(after.v6).not.toEqual(before.v6);
+    expect(lets()).toEqual([formatAddress(after.v4), formatAddress(after.v6)]);
+    expect(peers()).toHaveLength(1);
+  });
+
+  it('a client that asks for a thousand gets eight, and those that nobody uses make room', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const results = new Map<string, number>();
+    for (let n = 0; n < 1_000; n++) {
+      const bytes = new Uint8Array(32).fill(9);
+      bytes.set([n & 255, n >> 8]);
+      const { result } = await client.enrol(bytes);
+      results.set(result, (results.get(result) ?? 0) + 1);
+    }
+    expect(results).toEqual(
+      new Map([
+        ['OK', 8],
+        ['QUOTA', 992],
+      ]),
+    );
+    expect(device()?.peers.size).toBe(8);
+    const other = await bench.client('82.0.0.1', 2);
+    expect((await other.enrol(clientKey(99))).result).toBe('OK');
+    await bench.clock.advance(200_000);
+    await client.hello();
+    expect((await client.enrol(clientKey(50))).result).toBe('OK');
+    expect(bench.events('tunnel-abandoned')).toHaveLength(8);
+    expect(device()?.peers.size).toBe(2);
+  });
+
+  it('are kept by a restart, with their key, owners and times', async () => {
+    const first = await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const key1 = device()?.keys?.publicKey;
+    const { v4 } = inner(await client.enrol(clientKey(1)));
+    await (await bench.client('82.0.0.1', 2)).enrol(clientKey(2));
+    await bench.clock.advance(100_000);
+    await first.drain();
+    const second = await bench.start({ ...VPN, keys: [key(1)] });
+    expect(device()?.keys?.publicKey).toEqual(key1);
+    // Its owner has no key any more.
+    expect(peers()).toEqual(['02']);
+    expect(second.tunnelCount).toBe(1);
+    const again = await bench.client('81.0.0.1');
+    expect(inner(await again.enrol(clientKey(1))).v4).toEqual(v4);
+    await second.drain();
+    await bench.clock.advance(700_000);
+    await bench.start(VPN);
+    expect([peers(), lets()]).toEqual([[], []]);
+  });
+
+  it('begin anew, with another key, when the machine lost everything', async () => {
+    const first = await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    await client.enrol(clientKey(1));
+    const before = device()?.keys?.publicKey;
+    await first.drain();
+    bench.tunnels.reboot();
+    await bench.start(VPN);
+    expect(device()?.keys?.publicKey).not.toEqual(before);
+    expect([peers(), lets()]).toEqual([[], []]);
+  });
+
+  it('come back, with the same key, when somebody removes interface, peers or rules', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const { v4 } = inner(await client.enrol(clientKey(1)));
+    const before = device()?.keys?.publicKey;
+    bench.tunnels.reboot();
+    expect((await client.enrol(clientKey(1))).result).toBe('OK');
+    expect(device()?.keys?.publicKey).toEqual(before);
+    expect(peers()).toEqual(['02']);
+    device()?.peers.clear();
+    bench.nft.flushRuleset();
+    await bench.clock.advance(60_000);
+    expect(peers()).toEqual(['02']);
+    expect(lets()).toContain(formatAddress(v4));
+    expect(bench.events('tunnels-restored')).toHaveLength(1);
+  });
+
+  it('go with the key that they were asked with', async () => {
+    const router = await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    const { v4, v6 } = inner(await client.enrol(clientKey(1)));
+    await router.reload([key(2)]);
+    expect([peers(), lets()]).toEqual([[], []]);
+    expect(bench.cuts).toEqual([v4, v6].map((one) => ({ client: one, port: null })));
+  });
+
+  it('a key of WireGuard cannot be taken by another client', async () => {
+    await fresh().start(VPN);
+    await (await bench.client('81.0.0.1', 1)).enrol(clientKey(1));
+    const thief = await bench.client('82.0.0.1', 2);
+    expect((await thief.enrol(clientKey(1))).result).toBe('NOT_AUTHORIZED');
+    await thief.leave(clientKey(1));
+    expect(peers()).toEqual(['02']);
+    expect((await thief.enrol(new Uint8Array(32))).result).toBe('MALFORMED');
+  });
+
+  it('a failure of nft or of WireGuard is no grant, and leaves nothing', async () => {
+    await fresh().start(VPN);
+    const client = await bench.client('81.0.0.1');
+    bench.nft.fault = (text) => (text.includes('tunnels4') ? { kind: 'rejected' } : null);
+    expect((await client.enrol(clientKey(1))).result).toBe('INTERNAL');
+    bench.nft.fault = () => null;
+    bench.tunnels.refuses = 'no buffer space';
+    expect((await client.enrol(clientKey(1))).result).toBe('INTERNAL');
+    expect([peers(), lets()]).toEqual([[], []]);
+    bench.tunnels.refuses = null;
+    expect((await client.enrol(clientKey(1))).result).toBe('OK');
+  });
+
+  it('a machine that cannot carry them says so, with the line that helps', async () => {
+    fresh().tunnels.missing = 'this kernel has no WireGuard. host: modprobe wireguard';
+    const router = new Router({ ...SETTINGS, ...VPN }, bench.ports());
+    await expect(router.start()).rejects.toMatchObject({ exitCode: 69, message: expect.stringContaining('modprobe') });
+    const drained = router.drain();
+    await bench.clock.advance(5_000);
+    await drained;
+  });
+
+  it.each([
+    ['10.0.0.0/8', 'DETOUR_VPN_NETWORK: 10.215.0.0/16 overlaps with 10.0.0.0/8'],
+    ['fd0d:e70:0:1::/64', 'DETOUR_VPN_NETWORK: fd0d:e70::/48 overlaps with fd0d:e70:0:1::/64'],
+  ])('a network of its own in the way is no start: %s', async (network, message) => {
+    fresh().tunnels.foreign.push({ to: prefix(network), table: 254, index: 2 });
+    const router = new Router({ ...SETTINGS, ...VPN }, bench.ports());
+    await expect(router.start()).rejects.toMatchObject({ exitCode: 78, message: expect.stringContaining(message) });
+    const drained = router.drain();
+    await bench.clock.advance(5_000);
+    await drained;
+  });
+
+  it('does without the reserve where that is in the way', async () => {
+    fresh().tunnels.foreign.push({ to: prefix('198.18.0.0/15'), table: 254, index: 2 });
+    await bench.start(VPN);
+    const client = await bench.client('81.0.0.1');
+    expect(formatAddress(inner(await client.enrol(clientKey(1), 1)).v4)).toMatch(/^10\.215\./);
+  });
 });

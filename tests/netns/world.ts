@@ -56,6 +56,17 @@ export type Status = {
     readonly observed: string | null;
   }[];
   readonly connections: readonly StatusConnection[];
+  /** Left out while there are none. */
+  readonly tunnels?: readonly {
+    readonly detour: string;
+    readonly state: string;
+    readonly interface: string | null;
+    readonly carrier: string | null;
+    readonly v4: string | null;
+    readonly v6: string | null;
+    readonly mtu: number | null;
+    readonly why: string | null;
+  }[];
 };
 
 export type Detour = {
@@ -81,6 +92,7 @@ export class World implements AsyncDisposable {
   readonly serverV4 = '10.81.0.2';
   readonly serverV6 = 'fd81::2';
   readonly lab: Lab;
+  readonly #isolated = new Set<Host>();
   readonly #folder = mkdtempSync(join(tmpdir(), 'detour-world-'));
 
   private constructor(
@@ -136,6 +148,11 @@ export class World implements AsyncDisposable {
 
   /** Runs a router on a detour and returns when it answers. */
   async startRouter(detour: Detour, environment: Readonly<Record<string, string>> = {}): Promise<Running> {
+    if (environment.DETOUR_VPN && !this.#isolated.has(detour.host)) {
+      // All routers call their interface alike, and wireguard-go has a socket of that name for the whole host.
+      await detour.host.isolate('/run/wireguard');
+      this.#isolated.add(detour.host);
+    }
     const router = detour.host.spawn([process.execPath, CLI, 'router'], {
       env: {
         DETOUR_KEYS: this.key,
@@ -149,8 +166,8 @@ export class World implements AsyncDisposable {
     return router;
   }
 
-  async startRouters(): Promise<Running[]> {
-    return Promise.all(this.detours.map((detour) => this.startRouter(detour)));
+  async startRouters(environment: Readonly<Record<string, string>> = {}): Promise<Running[]> {
+    return Promise.all(this.detours.map((detour) => this.startRouter(detour, environment)));
   }
 
   /** Runs an agent on a host, by default the client, behind a `prefix` such as setpriv, and returns when it has subscribed to the kernel. */

@@ -12,15 +12,15 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   [/^cli\.ts$/, 'entry'],
   [/^(router|client)\/main\.ts$/, 'entry'],
   [/^protocol\//, 'protocol'],
-  [/^router\/(policy|leases|ruleset)\.ts$/, 'pure'],
+  [/^router\/(policy|leases|ruleset|tunnels)\.ts$/, 'pure'],
   [
     /^client\/(manager|explain|state|joins|slots|repair|revival|roaming|spares|interfaces|adoption|fleet|listing|paths|worth)\.ts$/,
     'pure',
   ],
-  [/^client\/(rescue|redirect|workloads|switches)\.ts$/, 'pure'],
-  [/^router\/(server|keeper|table|notices)\.ts$/, 'shell'],
+  [/^client\/(rescue|redirect|workloads|switches|enrolment|numbering|guard)\.ts$/, 'pure'],
+  [/^router\/(server|keeper|gateway|table|notices)\.ts$/, 'shell'],
   [
-    /^client\/(daemon|agent|report|metrics|detours|sources|names|loader|limits|mptcpify|rescuer|docker|kubernetes)\.ts$/,
+    /^client\/(daemon|agent|report|metrics|detours|tunnels|sources|names|loader|limits|mptcpify|rescuer|provider|docker|kubernetes)\.ts$/,
     'shell',
   ],
   [/^kernel\//, 'kernel'],
@@ -143,6 +143,15 @@ describe('architecture', () => {
 
   it.each(files)('%s keeps to its role', (file) => {
     expect(violations(file, readFileSync(join(root, file), 'utf8'))).toEqual([]);
+  });
+
+  // An agent without that provider must not pay for it: what is only imported dynamically is bundled, and run when it is needed.
+  it('loads the client of the Docker engine only where it is wanted', () => {
+    const importers = (pattern: RegExp) =>
+      files.filter((file) => pattern.test(withoutComments(readFileSync(join(root, file), 'utf8')))).sort();
+    expect(importers(/from 'dockerode'/)).toEqual(['kernel/engine.ts']);
+    expect(importers(/^import (?!type\b)[^;]*?from '[^']*\/engine\.ts'/m)).toEqual([]);
+    expect(importers(/await import\('\.\.\/kernel\/engine\.ts'\)/)).toEqual(['client/main.ts']);
   });
 
   // The rules themselves: each of these must be refused, or the test above proves nothing.

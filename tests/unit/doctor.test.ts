@@ -13,6 +13,8 @@ const client = loadClientHostSettings({ ...sources, env: {} }).settings;
 type Chain = { family: string; table: string; name: string; hook?: string; policy?: string };
 const ruleset = (...chains: Chain[]): string =>
   JSON.stringify({ nftables: [{ metainfo: {} }, ...chains.map((chain) => ({ chain }))] });
+const withVpn = loadRouterSettings({ ...sources, env: { ...sources.env, DETOUR_VPN: 'wireguard' } }).settings;
+const withTunnels = loadClientHostSettings({ ...sources, env: { DETOUR_STRATEGY: 'vpn,nat' } }).settings;
 const withRescue = loadClientHostSettings({ ...sources, env: { DETOUR_RESCUE: 'on' } }).settings;
 const REDIRECTION =
   'nft --check add table inet detour_rescue; add chain inet detour_rescue output { type nat hook output priority -100; }';
@@ -66,6 +68,7 @@ async function diagnose(
       datagrams: new FakeNetwork(clock).host([]),
       resolve: async () => [],
       kubernetes,
+      engine: '/var/run/docker.sock',
     },
   );
 }
@@ -88,6 +91,55 @@ it('finds nothing on a machine where everything is well', async () => {
 it('repeats what is wrong with the configuration', async () => {
   const check = await only({}, { problems: ['DETOUR_PORTS: x'] });
   expect(check).toMatchObject({ name: 'configuration', state: 'fail', detail: 'DETOUR_PORTS: x' });
+});
+
+describe('tunnels', () => {
+  const module = { files: { '/sys/module/wireguard/version': '1.0.0\n' } };
+  const routes = (...dsts: string[]) => ({
+    'ip -j -4 route show table all': JSON.stringify(dsts.map((dst) => ({ dst, dev: 'eth0' }))),
+  });
+
+  it('are nobody’s business where nobody asks for them', async () => {
+    expect((await diagnose()).filter(({ name }) => name.includes('tunnel'))).toEqual([]);
+  });
+
+  it('are carried by the kernel, loaded or not', async () => {
+    expect(sick(await diagnose(module, { router: withVpn, client: withTunnels }))).toEqual([]);
+    const loadable = { commands: { 'modprobe --dry-run wireguard': '' } };
+    expect(sick(await diagnose(loadable, { router: withVpn, client: withTunnels }))).toEqual([]);
+  });
+
+  it('are carried by wireguard-go where the kernel cannot, at a price', async () => {
+    const parts = { files: { '/dev/net/tun': ' ' }, commands: { 'wireguard-go --version': 'wireguard-go v0' } };
+    const check = await only(parts, { client: withTunnels });
+    expect(check).toMatchObject({ name: 'client-tunnels', state: 'warn' });
+  });
+
+  it.each([
+    [{}, /wireguard-go and \/dev\/net\/tun/],
+    [{ files: { '/dev/net/tun': ' ' } }, /wireguard-go is not here/],
+    [{ commands: { 'wireguard-go --version': 'x' } }, /and \/dev\/net\/tun is not here/],
+  ])('cannot be had: %j', async (parts, detail) => {
+    const check = await only(parts, { router: withVpn });
+    expect(check).toMatchObject({ name: 'tunnels', state: 'fail', detail: expect.stringMatching(detail) });
+    expect(check.fix.join()).toContain('modprobe wireguard');
+    const inside = { ...parts, files: { '/.dockerenv': ' ', ...('files' in parts ? parts.files : {}) } };
+    const docker = await only(inside, { router: withVpn });
+    expect(docker.fix.join()).toContain('--device /dev/net/tun');
+  });
+
+  it('have a network that is this host’s own', async () => {
+    const check = await only({ ...module, commands: routes('default', '10.208.0.0/12') }, { router: withVpn });
+    expect(check).toMatchObject({ name: 'tunnel-network', state: 'fail' });
+    expect(check.detail).toContain('10.215.0.0/16 of DETOUR_VPN_NETWORK overlaps with 10.208.0.0/12');
+  });
+
+  it('have a port that something else uses, or that nothing does', async () => {
+    // 51820 is 0xca6c.
+    const udp = '  sl  local_address rem_address   st\n   0: 00000000:CA6C 00000000:0000 07 00000000:00000000\n';
+    const taken = { files: { ...module.files, '/proc/net/udp': udp } };
+    expect(await only(taken, { router: withVpn })).toMatchObject({ name: 'tunnel-port', state: 'fail' });
+  });
 });
 
 describe('kernel and rights', () => {
@@ -143,6 +195,7 @@ async function examineWith(commands: MachineParts['commands']): Promise<readonly
       datagrams: new FakeNetwork(clock).host([]),
       resolve: async () => [],
       kubernetes: false,
+      engine: '',
     },
   );
 }
@@ -240,6 +293,77 @@ describe('client', () => {
       state: 'warn',
     });
     expect(sick(await diagnose({ commands }))).toEqual([]);
+  });
+});
+
+describe('containers and pods', () => {
+  const serving = (providers: string) =>
+    loadClientHostSettings({ ...sources, env: { DETOUR_PROVIDERS: providers, DETOUR_SYSCTL_ROOT: '/host/proc/sys' } })
+      .settings;
+  /** A container with the documented flags, by its capabilities. */
+  const inside = (capabilities: string, changes: Readonly<Record<string, string>> = {}): MachineParts => ({
+    files: {
+      '/.dockerenv': 'x',
+      '/proc/self/status': `Name:\tnode\nCapEff:\t${capabilities}\n`,
+      '/host/proc/sys/net/mptcp/enabled': '1\n',
+      '/host/proc/sys/net/mptcp/path_manager': 'kernel\n',
+      '/host/proc/sys/net/ipv4/ip_forward': '1\n',
+      '/var/run/docker/netns/1a2b3c': 'x',
+      ...changes,
+    },
+    writable: ['/var/run/docker.sock', PATH_MANAGER],
+  });
+  const PATH_MANAGER = '/host/proc/sys/net/mptcp/path_manager';
+  const ADMIN = '0000000000201000';
+  const ADMIN_AND_PTRACE = '0000000000281000';
+  const one = async (parts: MachineParts, providers: string, kubernetes = false) =>
+    only(parts, { router: null, client: serving(providers) }, kubernetes);
+
+  it('are fine with what the documentation says, whatever the agent’s own path manager is', async () => {
+    const subject = { router: null, running: { router: false, client: true } };
+    expect(sick(await diagnose(inside(ADMIN), { ...subject, client: serving('docker') }))).toEqual([]);
+    const kubernetes = await diagnose(inside(ADMIN_AND_PTRACE), { ...subject, client: serving('kubernetes') }, true);
+    expect(sick(kubernetes)).toEqual([]);
+  });
+
+  it('are not looked at for an agent of its own network', async () => {
+    const names = (await diagnose(inside('0000000000001000'))).map(({ name }) => name);
+    for (const name of ['enter', 'parameters', 'engine', 'sandboxes']) expect(names).not.toContain(name);
+  });
+
+  it('need capabilities, named for the place', async () => {
+    expect(await one(inside('0000000000001000'), 'docker')).toMatchObject({
+      name: 'enter',
+      fix: ['docker run: --cap-add SYS_ADMIN', 'compose: cap_add: [NET_ADMIN, SYS_ADMIN]'],
+    });
+    expect(await one(inside(ADMIN), 'kubernetes', true)).toMatchObject({
+      name: 'enter',
+      detail: expect.stringContaining('no CAP_SYS_PTRACE'),
+      fix: ['use the overlay k8s/overlays/pods, or its file k8s/detour-client.yaml'],
+    });
+  });
+
+  it('need all of the parameters, the engine’s socket and its sandboxes', async () => {
+    expect(await one(inside(ADMIN, { '/host/proc/sys/net/ipv4/ip_forward': '' }), 'docker')).toMatchObject({
+      name: 'parameters',
+      fix: [
+        'docker run: -v /proc/sys/net:/host/proc/sys/net',
+        'Kubernetes: a hostPath volume of /proc/sys/net, mounted at /host/proc/sys/net',
+      ],
+    });
+    expect(await one({ ...inside(ADMIN), writable: [PATH_MANAGER] }, 'docker')).toMatchObject({
+      name: 'engine',
+      fix: [expect.stringContaining('-v /var/run/docker.sock:/var/run/docker.sock'), expect.any(String)],
+    });
+    const unseen = { '/var/run/docker/netns/1a2b3c': '' };
+    expect(sick(await diagnose(inside(ADMIN_AND_PTRACE, unseen), { router: null, client: serving('docker') }))).toEqual(
+      [],
+    );
+    expect(await one(inside(ADMIN, unseen), 'docker')).toMatchObject({
+      name: 'sandboxes',
+      state: 'warn',
+      fix: [expect.stringContaining(':ro,rslave')],
+    });
   });
 });
 

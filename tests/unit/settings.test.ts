@@ -61,6 +61,7 @@ describe('defaults of the contract', () => {
       leaseTime: 600_000,
       legacyV1: false,
       onExit: 'keep',
+      vpn: null,
       http: { address: { family: 4, value: 0x7f000001n }, port: 9467 },
       socket: '/run/detour/router.sock',
       fwmark: { mark: 0xd7000000, mask: 0xff000000 },
@@ -78,7 +79,7 @@ describe('defaults of the contract', () => {
       targets: [],
       exclude: [],
       maxPaths: 2,
-      strategy: { kinds: ['nat'], ordered: false },
+      strategy: { kinds: ['nat', 'vpn'], ordered: false, fallback: true },
       interfaces: null,
       mode: 'aggregate',
       minAgeMs: null,
@@ -100,6 +101,21 @@ describe('defaults of the contract', () => {
     expect(Object.isFrozen(settings)).toBe(true);
     expect(Object.isFrozen(settings.allow)).toBe(true);
     expect(Object.isFrozen(settings.allow[0]?.prefix.address)).toBe(true);
+  });
+
+  it('offers tunnels in the networks and at the port of the contract', () => {
+    const { vpn } = router({ DETOUR_VPN: 'wireguard' }).settings;
+    expect(vpn?.port).toBe(51820);
+    expect([vpn?.v4, vpn?.v6].map((network) => network && formatPrefix(network))).toEqual([
+      '10.215.0.0/16',
+      'fd0d:e70::/48',
+    ]);
+    const only = router({
+      DETOUR_VPN: 'wireguard',
+      DETOUR_VPN_NETWORK: 'fd00:1::/64',
+      DETOUR_VPN_PORT: '443',
+    }).settings;
+    expect(only.vpn).toMatchObject({ port: 443, v4: null, v6: { length: 64 } });
   });
 
   it('takes an empty variable for one that is not set', () => {
@@ -133,6 +149,7 @@ describe('values', () => {
     ['DETOUR_LISTEN', ':1000', '[::]:1000'],
     ['DETOUR_LISTEN', '[2001:db8::1]:5', '[2001:db8::1]:5'],
     ['DETOUR_LISTEN', 'localhost:5', '127.0.0.1:5'],
+    ['DETOUR_LISTEN', '[192.0.2.1]:5', '192.0.2.1:5'],
   ])('%s=%s means %s', (name, text, expected) => {
     expect(formatEndpoint(router({ [name]: text }).settings.listen)).toBe(expected);
   });
@@ -195,12 +212,18 @@ describe('values', () => {
     expect(client({ DETOUR_TARGETS: text }).settings.targets).toEqual([]);
   });
 
-  it.each(['auto', 'nat', 'auto,announced', 'nat, announced', 'announced'])(
-    'accepts the strategy %s, which it has',
-    (text) => {
-      expect(lines(() => client({ DETOUR_STRATEGY: text }))).toEqual([]);
-    },
-  );
+  it.each([
+    ['auto', ['nat', 'vpn'], false, true],
+    ['nat', ['nat'], true, false],
+    ['vpn', ['vpn'], true, false],
+    ['vpn, nat', ['vpn', 'nat'], true, false],
+    ['auto,vpn', ['nat', 'vpn'], false, false],
+    ['auto,announced', ['nat', 'announced', 'vpn'], false, true],
+    ['nat, announced', ['nat', 'announced'], true, false],
+    ['announced', ['announced'], true, false],
+  ])('takes the strategy %s for %j, ordered %j, tunnels as the last resort %j', (text, kinds, ordered, fallback) => {
+    expect(client({ DETOUR_STRATEGY: text }).settings.strategy).toEqual({ kinds, ordered, fallback });
+  });
 });
 
 describe('one rule, one line', () => {
@@ -250,9 +273,15 @@ describe('one rule, one line', () => {
     ['DETOUR_LOG_FORMAT', 'xml', /one of json/],
     ['DETOUR_ON_EXIT', 'burn', /one of keep/],
     ['DETOUR_INBAND', 'on', /not available in this version/],
-    ['DETOUR_VPN', 'wireguard', /not available in this version/],
-    ['DETOUR_VPN_NETWORK', '10.0.0.0/8', /not available in this version/],
-    ['DETOUR_VPN_PORT', '1', /not available in this version/],
+    ['DETOUR_VPN', 'openvpn', /must be one of off, wireguard/],
+    ['DETOUR_VPN_NETWORK', '10.0.0.0/7', /not from 8 to 30/],
+    ['DETOUR_VPN_NETWORK', '10.215.0.0/31', /not from 8 to 30/],
+    ['DETOUR_VPN_NETWORK', '10.215.1.0/16', /bits beyond its length/],
+    ['DETOUR_VPN_NETWORK', '10.215.0.0/16,10.216.0.0/16', /more than one IPv4 network/],
+    ['DETOUR_VPN_NETWORK', '169.254.7.0/24', /overlaps with 169.254.0.0\/16/],
+    ['DETOUR_VPN_NETWORK', 'fe80::/64', /overlaps with fe80::\/10/],
+    ['DETOUR_VPN_NETWORK', 'home', /no CIDR/],
+    ['DETOUR_VPN_PORT', '0', /must be a port/],
   ])('router: %s=%s', (name, value, rule) => {
     const found = lines(() => router({ [name]: value }));
     expect(found).toHaveLength(1);
@@ -292,7 +321,8 @@ describe('one rule, one line', () => {
     ['DETOUR_MAX_PATHS', '2.5', /whole number/],
     ['DETOUR_SYSCTL_ROOT', 'proc', /absolute path/],
     ['DETOUR_STRATEGY', 'inband,nat', /not available in this version/],
-    ['DETOUR_STRATEGY', 'vpn', /not available in this version/],
+    ['DETOUR_STRATEGY', 'inband', /not available in this version/],
+    ['DETOUR_STRATEGY', 'vpn,vpn', /vpn twice/],
     ['DETOUR_STRATEGY', 'magic', /not known/],
     ['DETOUR_MODE', 'fastest', /aggregate, backup/],
     ['DETOUR_MIN_AGE', '5', /unit/],
@@ -321,6 +351,12 @@ describe('one rule, one line', () => {
     const { psk } = JSON.parse(readFileSync(new URL('../vectors/control-v2.json', import.meta.url), 'utf8'));
     const published = Buffer.from(psk, 'hex').toString('base64url');
     expect(lines(() => router({ DETOUR_KEYS: `1a2b3c4d:${published}` }))[0]).toMatch(/anyone could guess/);
+  });
+
+  it('refuses one UDP port for two things', () => {
+    const found = lines(() => router({ DETOUR_VPN: 'wireguard', DETOUR_VPN_PORT: '45672' }));
+    expect(found).toEqual([expect.stringMatching(/^DETOUR_VPN_PORT="45672": is the control port/)]);
+    expect(lines(() => router({ DETOUR_VPN: 'off', DETOUR_VPN_PORT: '45672' }))).toEqual([]);
   });
 
   it('refuses a destination that is both allowed and denied', () => {
@@ -381,7 +417,7 @@ describe('all at once', () => {
         DETOUR_PORTS: '1-99999',
         DETOUR_RELAY: 'everything',
         DETOUR_LEASE_TIME: 'soon',
-        DETOUR_VPN: 'wireguard',
+        DETOUR_VPN: 'openvpn',
         DETOUR_LISTNE: ':1',
         DETOUR_MAX_PATHS: '2',
         DETOUR_SOCKET_FILE: '/nowhere',

@@ -1,4 +1,5 @@
 import { expect, test } from 'vitest';
+import { OWNER } from '../../../appliance/kernel/links.ts';
 import { attribute, u32 } from '../../../appliance/kernel/netlink.ts';
 import { newsOf, readHeld } from '../../../appliance/kernel/network.ts';
 import { formatAddress } from '../../../appliance/protocol/address.ts';
@@ -35,6 +36,8 @@ test.each([
   ['a multicast route', 24, route(10, 1, bytes('ff000000 00000000 00000000 00000000')), null],
   ['an IPv6 route', 24, route(10, 1, PUBLIC6), 'way'],
   ['a rule', 32, Buffer.alloc(12), 'way'],
+  ['a route of our own', 24, Buffer.from(route(2, 1)).fill(OWNER, 5, 6), null],
+  ['a rule of our own', 33, Buffer.concat([Buffer.alloc(12), attribute(21, Buffer.of(OWNER))]), null],
   ['a neighbour', 28, Buffer.alloc(12), null],
   ['a route cut short', 24, Buffer.alloc(3), null],
   ['an address cut short', 20, Buffer.alloc(3), null],
