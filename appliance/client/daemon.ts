@@ -1,5 +1,6 @@
 import type { Clock } from '../kernel/clock.ts';
 import type { Log } from '../log.ts';
+import { formatEndpoint } from '../protocol/address.ts';
 import type { ClientSettings } from '../settings.ts';
 import type { DaemonView, Json, Readiness } from '../status/daemon.ts';
 import { type Agent, type AgentPorts, LIVELY_MS, startAgent } from './agent.ts';
@@ -8,6 +9,7 @@ import { createMetrics, type WorkloadState } from './metrics.ts';
 import type { OnWorkloads, Provider } from './provider.ts';
 import type { JsonObject } from './report.ts';
 import { type SourcePorts, type SourceStatus, type Sources, watchSources } from './sources.ts';
+import { leaseKey } from './state.ts';
 import { NO_WISHES, sameWishes, type Wishes, type Workload } from './workloads.ts';
 
 /** All namespaces that are served: this one, those of containers and pods, each by an agent; and the detours they share. */
@@ -117,6 +119,9 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       ports: place.ports,
       metrics,
       onMoved: () => sources?.retry(),
+      // Whoever gives a lease back has forgotten it already.
+      isShared: (detour, server) =>
+        [...agents()].some(({ state }) => state.leases.has(leaseKey(detour, formatEndpoint(server)))),
     });
     // The list may have changed while it started.
     agent.set(addresses);
