@@ -4,7 +4,7 @@ import type { ConnectionSample, Diag } from '../kernel/diag.ts';
 import type { PathEvent, PathManager } from '../kernel/mptcp.ts';
 import type { Network, NetworkNews } from '../kernel/network.ts';
 import type { Log } from '../log.ts';
-import { type Address, formatAddress } from '../protocol/address.ts';
+import { type Address, type Endpoint, formatAddress } from '../protocol/address.ts';
 import { deriveKeys } from '../protocol/control.ts';
 import type { ClientSettings, Key } from '../settings.ts';
 import type { Readiness } from '../status/daemon.ts';
@@ -64,6 +64,8 @@ export type AgentOptions = {
   readonly metrics: ClientMetrics;
   /** The namespace's addresses or routes changed: what failed from here may work now. */
   readonly onMoved: () => void;
+  /** As of `DetoursOptions`. */
+  readonly isShared: (detour: string, server: Endpoint) => boolean;
 };
 
 export type Agent = {
@@ -136,7 +138,7 @@ const OUTCOMES: Record<JoinOutcome, { level: 'info' | 'warn'; message: string }>
 };
 
 /** Starts serving a namespace. @throws Fatal when the kernel cannot be listened to */
-export async function startAgent({ settings, ports, metrics, onMoved }: AgentOptions): Promise<Agent> {
+export async function startAgent({ settings, ports, metrics, onMoved, isShared }: AgentOptions): Promise<Agent> {
   const { clock, log } = ports;
   const { maxPaths, strategy, targets, exclude, mode, minAgeMs, rescue } = settings;
   const seed = new DataView(new Uint8Array(clock.random(4)).buffer).getUint32(0);
@@ -429,6 +431,7 @@ export async function startAgent({ settings, ports, metrics, onMoved }: AgentOpt
   const keys = deriveKeys(settings.key.id, settings.key.secret);
   const detours = createDetours({
     bound: settings.interfaces !== null,
+    isShared,
     keys,
     clock,
     datagrams: ports.datagrams,

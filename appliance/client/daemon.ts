@@ -1,5 +1,6 @@
 import type { Clock } from '../kernel/clock.ts';
 import type { Log } from '../log.ts';
+import { formatEndpoint } from '../protocol/address.ts';
 import type { ClientSettings } from '../settings.ts';
 import type { DaemonView, Json, Readiness } from '../status/daemon.ts';
 import { type Agent, type AgentPorts, LIVELY_MS, startAgent } from './agent.ts';
@@ -9,6 +10,7 @@ import { type MptcpifyPorts, type ServedNet, startMptcpify } from './mptcpify.ts
 import type { OnWorkloads, Provider } from './provider.ts';
 import type { JsonObject } from './report.ts';
 import { type SourcePorts, type SourceStatus, type Sources, watchSources } from './sources.ts';
+import { leaseKey } from './state.ts';
 import { NO_WISHES, sameService, type Wishes, type Workload } from './workloads.ts';
 
 /** All namespaces that are served: this one, those of containers and pods, each by an agent; and the detours they share. */
@@ -148,6 +150,9 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       ports: place.ports,
       metrics,
       onMoved: () => sources?.retry(),
+      // Whoever gives a lease back has forgotten it already.
+      isShared: (detour, server) =>
+        [...agents()].some(({ state }) => state.leases.has(leaseKey(detour, formatEndpoint(server)))),
     });
     // The list may have changed while it started.
     agent.set(addresses);

@@ -73,7 +73,7 @@ export type Detours = {
   want(detour: string, server: Endpoint): void;
   /** Asks again at once; answered like `want`. */
   doubt(detour: string, server: Endpoint): void;
-  /** Gives it back. */
+  /** Gives it back, unless it is shared. */
   release(detour: string, server: Endpoint): void;
   /** Asks about its tunnels. `quick` gives up after one try. */
   tunnel(detour: string, question: TunnelQuestion, quick?: boolean): Promise<TunnelOutcome>;
@@ -88,6 +88,8 @@ export type Detours = {
 export type DetoursOptions = {
   /** Ask nobody before `use` named the interfaces. */
   readonly bound?: boolean;
+  /** Whether others with this key, and perhaps this address as detours see it, use such a lease, too: it is then one lease to the detour. */
+  readonly isShared?: (detour: string, server: Endpoint) => boolean;
   readonly keys: Keys;
   readonly clock: Clock;
   readonly datagrams: Datagrams;
@@ -703,7 +705,7 @@ function openSession(
   }
 
   async function giveBack(server: Endpoint): Promise<void> {
-    if (up) await ask(TYPE.RELEASE, about(server));
+    if (up && !options.isShared?.(key, server)) await ask(TYPE.RELEASE, about(server));
   }
 
   async function tunnel(question: TunnelQuestion, quick = false): Promise<TunnelOutcome> {

@@ -9,7 +9,7 @@ import { systemSchedule } from '../../appliance/kernel/schedule.ts';
 import { systemWeb } from '../../appliance/kernel/web.ts';
 import type { Log } from '../../appliance/log.ts';
 import { type Address, type Endpoint, parseAddress, parseEndpoint } from '../../appliance/protocol/address.ts';
-import { deriveKeys } from '../../appliance/protocol/control.ts';
+import { deriveKeys, TYPE } from '../../appliance/protocol/control.ts';
 import type { ProviderName } from '../../appliance/settings.ts';
 import { TABLE } from '../../appliance/variables.ts';
 import { FakeClock, settle } from '../fakes/clock.ts';
@@ -73,9 +73,11 @@ class Node {
     return (event, { why, reason, workload }) => this.lines.push({ level, event, why: why ?? reason, workload });
   }
 
-  /** Makes a namespace with an address of its own, behind the path of its name. */
-  namespace(name: string): FakeNamespace {
-    const own = address(`10.90.${this.namespaces.size >> 8}.${this.namespaces.size & 255}`);
+  /** Makes a namespace, behind the path of its name; `own` is its address as detours see it. */
+  namespace(
+    name: string,
+    own = address(`10.90.${this.namespaces.size >> 8}.${this.namespaces.size & 255}`),
+  ): FakeNamespace {
     const made = new FakeNamespace(name, [own], this.clock, this.network);
     made.kernel.way = () => SERVER;
     this.namespaces.set(name, made);
@@ -266,6 +268,30 @@ test('each workload is served by its own wishes, and by the settings where it ha
   expect((await node.report()).connections.find(({ remote }) => remote.startsWith('93.184.216.35'))?.why).toContain(
     'DETOUR_TARGETS',
   );
+});
+
+test('a lease that two namespaces behind one address share is given back when neither uses it', async () => {
+  const translated = address('10.90.9.1');
+  const [brief, lasting] = [node.namespace('brief', translated), node.namespace('lasting', translated)];
+  await node.start(['docker']);
+  await node.tell(workload('brief'), workload('lasting'));
+  const open = (namespace: FakeNamespace, port: number): number =>
+    namespace.kernel.open({ address: translated, port }, SERVER);
+  const released = () => node.router.requests.filter(({ type }) => type === TYPE.RELEASE);
+  const tokens = [open(brief, 50_000), open(lasting, 50_001)] as const;
+  await node.clock.advance(50);
+  brief.kernel.establish(tokens[0]);
+  lasting.kernel.establish(tokens[1]);
+  await node.clock.advance(50);
+  expect(node.router.leases.size).toBe(1);
+  brief.kernel.close(tokens[0]);
+  // Longer than an idle lease is kept.
+  await node.clock.advance(700_000);
+  expect(released()).toEqual([]);
+  lasting.kernel.close(tokens[1]);
+  await node.clock.advance(700_000);
+  expect(released()).toHaveLength(1);
+  expect(node.router.leases.size).toBe(0);
 });
 
 describe('two workloads in one namespace', () => {
@@ -463,6 +489,17 @@ test('changed wishes count at once, and what is open goes on', async () => {
   expect(one.kernel.created).toHaveLength(1);
   expect(await node.connect(one, SERVER)).toBe(1);
   expect(one.done.filter((what) => what !== 'socket')).toEqual(['load']);
+});
+
+test('a wish for or against Multipath TCP alone leaves its agent as it is, and contradicts nobody', async () => {
+  const one = node.namespace('one');
+  await node.start();
+  await node.tell(workload('a', 'one'), workload('b', 'one', { mptcp: false }));
+  const before = [...one.done];
+  await node.tell(workload('a', 'one', { mptcp: false }), workload('b', 'one'));
+  expect(one.done).toEqual(before);
+  expect(await node.shown()).toEqual(['a served', 'b served']);
+  expect(await node.connect(one)).toBe(1);
 });
 
 test('a container that was started again in a new namespace is another workload', async () => {
