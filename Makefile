@@ -56,11 +56,14 @@ clean-all: clean ## ... node_modules, Node, the engine's store and the base imag
 	rm -rf node_modules .cache
 	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
 
-.PHONY: help build check test test-netns test-containers images demo bench clean clean-all packages
+.PHONY: help build check test test-netns test-containers images demo bench clean clean-all packages tools
 
 # Checks for commands, so it costs nothing when all are there.
 packages:
 	@$(HOST) packages build lab docker
+
+tools:
+	@$(HOST) packages build
 
 $(NODE): package-lock.json $(HOST)
 	@$(HOST) node .cache/node
@@ -72,7 +75,7 @@ $(MODULES): package-lock.json | $(NODE)
 	@npm ci --no-progress --loglevel=error
 	@touch $@
 
-$(BUNDLE): $(MODULES) $(SOURCES) package.json
+$(BUNDLE): $(MODULES) $(SOURCES) package.json | tools
 	@echo "build: dist/detour.js" >&2
 	@node images/bundle.ts
 	@touch $@
