@@ -1,4 +1,14 @@
-import { closeSync, constants, existsSync, mkdirSync, openSync, readFileSync, rmSync, statfsSync } from 'node:fs';
+import {
+  closeSync,
+  constants,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  rmdirSync,
+  rmSync,
+  statfsSync,
+} from 'node:fs';
 import { dirname, join } from 'node:path';
 import koffi, { type LibraryHandle } from 'koffi';
 
@@ -64,7 +74,7 @@ const KERNEL_BTF = '/sys/kernel/btf/vmlinux';
 /** linux/magic.h */
 const BPF_FS_MAGIC = 0xcafe4a11;
 /** linux/errno.h, and one that user space knows no name of; the same on amd64 and arm64. */
-const ERRNO = { EPERM: 1, ENOENT: 2, ESRCH: 3, E2BIG: 7, EBADF: 9, EOPNOTSUPP: 95, ENOTSUPP: 524 } as const;
+const ERRNO = { EPERM: 1, ENOENT: 2, ESRCH: 3, E2BIG: 7, EBADF: 9, EACCES: 13, EOPNOTSUPP: 95, ENOTSUPP: 524 } as const;
 /** What libbpf says of a program that the verifier refused goes on for pages; the end of it is what matters. */
 const LOG_LINES = 8;
 const LONGEST_LINE = 400;
@@ -206,13 +216,28 @@ export function openPinnedMap(path: string): BpfMap | null {
   if (!existsSync(path)) return null;
   const fd: number = libbpf().get(path);
   if (fd === -ERRNO.ENOENT) return null;
+  if (fd === -ERRNO.EPERM || fd === -ERRNO.EACCES) {
+    throw new BpfError(
+      'refused',
+      `${path} may not be opened (EPERM): run as root; in a container, its seccomp filter must let bpf(2) pass, which docker's does with --cap-add BPF`,
+    );
+  }
   if (fd < 0) throw explain(`opening ${path}`, -fd, []);
   return mapOf(fd, path, () => closeSync(fd));
 }
 
-/** Removes a pin. Harmless when it is not there. */
+/** Removes a pin, and its folder with the last one in it. Harmless when it is not there. @throws BpfError */
 export function unpin(path: string): void {
-  rmSync(path, { force: true });
+  try {
+    rmSync(path, { force: true });
+  } catch {
+    throw new BpfError('refused', `${path} may not be removed: run as root`);
+  }
+  try {
+    rmdirSync(dirname(path));
+  } catch {
+    // Others are in there, or it was never made.
+  }
 }
 
 /** Whether pins can be made below a folder. */
