@@ -57,14 +57,15 @@ export function openSwitches(): Switches {
 export function prepareSwitches(): { keep(): Switches } {
   const pinned = openPinned();
   if (pinned) return { keep: () => pinned };
+  const program = loadProgram(objectPath(`${PROGRAM}.bpf.o`), PROGRAM, NEEDS);
   if (!isBpfFileSystem(FILE_SYSTEM)) {
+    program.close();
     throw new BpfError(
       'bpffs',
       `there is no BPF file system at ${FILE_SYSTEM}, where it would stay: mount -t bpf bpf ${FILE_SYSTEM} (on the host); docker: -v ${FILE_SYSTEM}:${FILE_SYSTEM}; ` +
-        `kubernetes: a hostPath volume of it`,
+        'kubernetes: a hostPath volume of it',
     );
   }
-  const program = loadProgram(objectPath(`${PROGRAM}.bpf.o`), PROGRAM, NEEDS);
   return {
     keep() {
       removeSwitches();

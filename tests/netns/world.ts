@@ -12,7 +12,7 @@ import { request } from 'node:http';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { type Host, Lab, type Link, type Running, waitUntil } from '../lab/netns.ts';
+import { type ExecResult, type Host, Lab, type Link, type Running, waitUntil } from '../lab/netns.ts';
 
 const CLI = fileURLToPath(new URL('../../appliance/cli.ts', import.meta.url));
 
@@ -40,6 +40,12 @@ export type StatusConnection = {
 };
 export type Status = {
   readonly ready: boolean;
+  readonly mptcpify?: {
+    readonly state: string;
+    readonly by: string | null;
+    readonly sockets: number | null;
+    readonly why: string | null;
+  };
   readonly detours: readonly {
     readonly name: string;
     readonly interface: string | null;
@@ -146,13 +152,14 @@ export class World implements AsyncDisposable {
     return Promise.all(this.detours.map((detour) => this.startRouter(detour)));
   }
 
-  /** Runs an agent on a host, by default the client, and returns when it has subscribed to the kernel. */
+  /** Runs an agent on a host, by default the client, behind a `prefix` such as setpriv, and returns when it has subscribed to the kernel. */
   async startAgent(
     environment: Readonly<Record<string, string>> = {},
     host: Host = this.client,
+    prefix: readonly string[] = [],
   ): Promise<{ program: Running; status: () => Promise<Status>; metrics: () => Promise<string> }> {
     const socket = this.agentSocket(host);
-    const program = host.spawn([process.execPath, CLI, 'client'], {
+    const program = host.spawn([...prefix, process.execPath, CLI, 'client'], {
       env: this.agentEnvironment(host, environment),
     });
     await program.waitFor('"event":"started"', 20_000);
@@ -179,11 +186,23 @@ export class World implements AsyncDisposable {
     };
   }
 
-  /** Runs another sub-command of the client to its end and returns what it printed. */
-  async command(words: readonly string[], environment: Readonly<Record<string, string>> = {}): Promise<string> {
-    return this.client.exec([process.execPath, CLI, ...words], {
-      env: this.agentEnvironment(this.client, environment),
-    });
+  /** Runs another sub-command of the client to its end, by default on the client, and returns what it printed. */
+  async command(
+    words: readonly string[],
+    environment: Readonly<Record<string, string>> = {},
+    host: Host = this.client,
+  ): Promise<string> {
+    return host.exec([process.execPath, CLI, ...words], { env: this.agentEnvironment(host, environment) });
+  }
+
+  /** The same, whatever comes of it, behind a `prefix` such as setpriv. */
+  tryCommand(
+    words: readonly string[],
+    environment: Readonly<Record<string, string>>,
+    host: Host,
+    prefix: readonly string[],
+  ): Promise<ExecResult> {
+    return host.try([...prefix, process.execPath, CLI, ...words], { env: this.agentEnvironment(host, environment) });
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
