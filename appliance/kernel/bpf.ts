@@ -167,22 +167,47 @@ export function loadProgram(path: string, name: string, needs: readonly BpfCapab
     if (code !== 0) throw failed('loading', -code);
     const program: Pointer = lib.findProgram(object, name);
     if (program === null) throw new BpfError('object', `${path} holds no program ${name}: make build again`);
+    // libbpf frees what it is told to, as often as it is told.
+    let open = true;
+    const mustBeOpen = (): void => {
+      if (!open) throw new RangeError(`${name} is closed`);
+    };
     return {
       map(map) {
+        mustBeOpen();
         const found: Pointer = lib.findMap(object, map);
         if (found === null) throw new BpfError('object', `${path} holds no map ${map}: make build again`);
-        return mapOf(lib.mapFd(found), map, () => undefined);
+        const fd: number = lib.mapFd(found);
+        return mapOf(
+          () => {
+            mustBeOpen();
+            return fd;
+          },
+          map,
+          () => undefined,
+        );
       },
       attach(group) {
+        mustBeOpen();
         said.length = 0;
         const link: Pointer = group === undefined ? lib.attach(program) : attachTo(group, program);
         if (link === null) throw failed('attaching', koffi.errno());
+        let attached = true;
         return {
-          pin: (at) => pin(at, () => lib.pinLink(link, at)),
-          close: () => void lib.destroyLink(link),
+          pin(at) {
+            if (!attached) throw new RangeError(`the link of ${name} is closed`);
+            pin(at, () => lib.pinLink(link, at));
+          },
+          close() {
+            if (attached) lib.destroyLink(link);
+            attached = false;
+          },
         };
       },
-      close: () => lib.closeObject(object),
+      close() {
+        if (open) lib.closeObject(object);
+        open = false;
+      },
     };
   } catch (error) {
     lib.closeObject(object);
@@ -223,7 +248,18 @@ export function openPinnedMap(path: string): BpfMap | null {
     );
   }
   if (fd < 0) throw explain(`opening ${path}`, -fd, []);
-  return mapOf(fd, path, () => closeSync(fd));
+  let open = true;
+  return mapOf(
+    () => {
+      if (!open) throw new RangeError(`${path} is closed`);
+      return fd;
+    },
+    path,
+    () => {
+      if (open) closeSync(fd);
+      open = false;
+    },
+  );
 }
 
 /** Removes a pin, and its folder with the last one in it. Harmless when it is not there. @throws BpfError */
@@ -249,13 +285,13 @@ export function isBpfFileSystem(folder: string): boolean {
   }
 }
 
-function mapOf(fd: number, name: string, close: () => void): BpfMap {
+function mapOf(fd: () => number, name: string, close: () => void): BpfMap {
   const lib = libbpf();
   const check = (what: string, code: number): void => {
     if (code < 0) throw explain(`${what} ${name}`, -code, []);
   };
   const info = Buffer.alloc(INFO.BYTES);
-  check('asking for', lib.info(fd, info, [info.length]));
+  check('asking for', lib.info(fd(), info, [info.length]));
   // The kernel writes so much into what it is handed, whatever its length.
   const [keyBytes, valueBytes] = [info.readUInt32LE(INFO.KEY_SIZE), info.readUInt32LE(INFO.VALUE_SIZE)];
   const fits = (bytes: Buffer, length: number): Buffer => {
@@ -268,20 +304,20 @@ function mapOf(fd: number, name: string, close: () => void): BpfMap {
       for (let last: Buffer | null = null; ; ) {
         const key = Buffer.alloc(keyBytes);
         const value = Buffer.alloc(valueBytes);
-        const next: number = lib.nextKey(fd, last, key);
+        const next: number = lib.nextKey(fd(), last, key);
         if (next === -ERRNO.ENOENT) return found;
         check('reading', next);
-        check('reading', lib.lookup(fd, key, value));
+        check('reading', lib.lookup(fd(), key, value));
         found.push([key, value]);
         last = key;
       }
     },
-    set: (key, value) => check('writing', lib.update(fd, fits(key, keyBytes), fits(value, valueBytes), 0)),
+    set: (key, value) => check('writing', lib.update(fd(), fits(key, keyBytes), fits(value, valueBytes), 0)),
     delete(key) {
-      const code: number = lib.delete(fd, fits(key, keyBytes));
+      const code: number = lib.delete(fd(), fits(key, keyBytes));
       if (code !== -ERRNO.ENOENT) check('writing', code);
     },
-    pin: (path) => pin(path, () => lib.pin(fd, path)),
+    pin: (path) => pin(path, () => lib.pin(fd(), path)),
     close,
   };
 }

@@ -14,7 +14,11 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { type ExecResult, type Host, Lab, type Link, type Running, waitUntil } from '../lab/netns.ts';
 
-const CLI = fileURLToPath(new URL('../../appliance/cli.ts', import.meta.url));
+/** In the VM, which takes 15 s to read the sources, the bundle. */
+const PROGRAM = process.env.LAB_VM === '1' ? '../../dist/detour.js' : '../../appliance/cli.ts';
+const CLI = fileURLToPath(new URL(PROGRAM, import.meta.url));
+/** Emulated processors are slow. */
+const START_MS = 90_000;
 
 /** As `/v1/status` of a client has it. */
 export type StatusPath = {
@@ -144,7 +148,7 @@ export class World implements AsyncDisposable {
         ...environment,
       },
     });
-    await router.waitFor('"event":"started"', 20_000);
+    await router.waitFor('"event":"started"', START_MS);
     return router;
   }
 
@@ -162,7 +166,7 @@ export class World implements AsyncDisposable {
     const program = host.spawn([...prefix, process.execPath, CLI, 'client'], {
       env: this.agentEnvironment(host, environment),
     });
-    await program.waitFor('"event":"started"', 20_000);
+    await program.waitFor('"event":"started"', START_MS);
     return {
       program,
       status: async () => JSON.parse(await ask(socket, '/v1/status')),
@@ -192,7 +196,10 @@ export class World implements AsyncDisposable {
     environment: Readonly<Record<string, string>> = {},
     host: Host = this.client,
   ): Promise<string> {
-    return host.exec([process.execPath, CLI, ...words], { env: this.agentEnvironment(host, environment) });
+    return host.exec([process.execPath, CLI, ...words], {
+      env: this.agentEnvironment(host, environment),
+      timeoutMs: START_MS,
+    });
   }
 
   /** The same, whatever comes of it, behind a `prefix` such as setpriv. */
@@ -202,7 +209,10 @@ export class World implements AsyncDisposable {
     host: Host,
     prefix: readonly string[],
   ): Promise<ExecResult> {
-    return host.try([...prefix, process.execPath, CLI, ...words], { env: this.agentEnvironment(host, environment) });
+    return host.try([...prefix, process.execPath, CLI, ...words], {
+      env: this.agentEnvironment(host, environment),
+      timeoutMs: START_MS,
+    });
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
