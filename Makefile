@@ -59,7 +59,7 @@ clean-all: clean ## ... node_modules, Node, the engine's store, the base image a
 	rm -rf node_modules .cache
 	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
 
-.PHONY: help build check test test-netns test-containers test-k8s kubernetes images demo bench clean clean-all packages
+.PHONY: help build check test test-netns test-containers test-k8s kubernetes images demo bench clean clean-all packages tools
 
 # Checks for commands, so it costs nothing when all are there.
 packages:
@@ -69,6 +69,9 @@ packages:
 kubernetes: packages
 	@$(HOST) packages cluster
 	@$(AS_ROOT) tests/lab/cluster.sh build >/dev/null
+
+tools:
+	@$(HOST) packages build
 
 $(NODE): package-lock.json $(HOST)
 	@$(HOST) node .cache/node
@@ -80,7 +83,7 @@ $(MODULES): package-lock.json | $(NODE)
 	@npm ci --no-progress --loglevel=error
 	@touch $@
 
-$(BUNDLE): $(MODULES) $(SOURCES) package.json
+$(BUNDLE): $(MODULES) $(SOURCES) package.json | tools
 	@echo "build: dist/detour.js" >&2
 	@node images/bundle.ts
 	@touch $@

@@ -18,7 +18,6 @@ import { systemWeb } from './kernel/web.ts';
 import { createLog, type Log } from './log.ts';
 import { contains, formatAddress, parseAddress, parsePrefix } from './protocol/address.ts';
 import {
-  type ClientHostSettings,
   type ClientSettings,
   type CommonSettings,
   daemonSockets,
@@ -275,9 +274,11 @@ async function cleanup({ words, sources }: Invocation): Promise<ExitCode | 0> {
 async function loader(action: 'load' | 'unload', sources: Sources): Promise<ExitCode | 0> {
   const { settings } = loadClientHostSettings(sources);
   const { load, unload } = await import('./client/main.ts');
-  const act: (settings: ClientHostSettings, log: Log) => Promise<void> = action === 'load' ? load : unload;
-  await act(settings, commandLog(action));
-  print(action === 'load' ? 'the userspace path manager is selected' : 'net.mptcp is as it was found');
+  if (action === 'load') for (const line of await load(settings, commandLog(action))) print(line);
+  else {
+    await unload(settings, commandLog(action));
+    print('net.mptcp is as it was found');
+  }
   return 0;
 }
 
@@ -443,6 +444,7 @@ async function invite({ flags, sources }: Invocation): Promise<ExitCode | 0> {
 
 /** Reads the lists that a client's detours come from, once. */
 async function look({ key, detours }: ClientSettings): Promise<Subject['detours']> {
+  if (key === null) return null;
   const { labelOf, lookAtSource } = await import('./client/sources.ts');
   const ports = { clock: systemClock, lookup: systemLookup(), files: systemFiles(), web: systemWeb() };
   const found = await Promise.all(detours.map(async (source) => ({ source, ...(await lookAtSource(source, ports)) })));

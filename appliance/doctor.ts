@@ -2,6 +2,7 @@
  * `detour doctor`: everything a user can get wrong, looked at without changing anything. Every check is a value; one that
  * fails carries the line that mends it, in the words of the place it runs in (host, Docker, Kubernetes).
  */
+import { missingOf } from './kernel/bpf.ts';
 import type { Clock } from './kernel/clock.ts';
 import type { Datagrams } from './kernel/datagrams.ts';
 import type { Machine } from './kernel/machine.ts';
@@ -95,7 +96,9 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
     nft(machine, place),
     clockCheck(ports.clock),
   ];
-  if (client) checks.push(mptcp(machine, client, place), pathManager(machine, client, place, subject.running.client));
+  if (client) checks.push(mptcp(machine, client, place), mptcpify(machine, client, place));
+  if (client?.sides.includes('client')) checks.push(pathManager(machine, client, place, subject.running.client));
+  else if (client) checks.push(accepting(machine, client));
   if (client?.providers.some((name) => name !== 'host')) checks.push(workloads(machine, client, place));
   if (client?.rescue) checks.push(rescue(machine));
   if (client?.interfaces) checks.push(interfaces(machine, client.interfaces));
@@ -333,8 +336,8 @@ async function workloads(machine: Machine, client: ClientHostSettings, place: Pl
   }
   // A mount of that folder alone shows the namespace in which it was mounted, whoever looks (docs/kernel-notes.md).
   const folder = under(client.sysctlRoot, 'net.mptcp');
-  const mounts = (await machine.read('/proc/self/mountinfo')) ?? '';
-  if (mounts.split('\n').some((line) => line.split(' ')[4] === folder)) {
+  const mounts = mountsIn((await machine.read('/proc/self/mountinfo')) ?? '');
+  if (mounts.some(({ at }) => at === folder)) {
     const fix = {
       host: [`umount ${folder}`],
       docker: [`docker run: -v /proc/sys/net:${client.sysctlRoot}/net`],
@@ -347,6 +350,127 @@ async function workloads(machine: Machine, client: ClientHostSettings, place: Pl
   }
   return checks.length > 0 ? checks : [ok('workloads', 'their networks can be entered')];
 }
+
+/** The server's side alone leaves the kernel in charge. */
+async function accepting(machine: Machine, client: ClientHostSettings): Promise<readonly Check[]> {
+  if (!client.providers.includes('host')) return [];
+  const read = async (name: string): Promise<string | undefined> =>
+    (await machine.read(under(client.sysctlRoot, name)))?.trim();
+  const named = await read('net.mptcp.path_manager');
+  const userspace = named === undefined ? (await read('net.mptcp.pm_type')) === '1' : named === 'userspace';
+  if (!userspace) return [ok('path-manager', 'the kernel accepts joins by itself')];
+  const back = named === undefined ? 'net.mptcp.pm_type=0' : 'net.mptcp.path_manager=kernel';
+  return [
+    fail(
+      'path-manager',
+      'the userspace path manager is selected, which refuses joins unless somebody serves it',
+      `sysctl -w ${back}   # or DETOUR_ROLE=client,server`,
+    ),
+  ];
+}
+
+const GROUPS_AT = ['/sys/fs/cgroup', '/sys/fs/cgroup/unified'];
+const PINS = '/sys/fs/bpf/detour';
+const WITHOUT =
+  'without: start programs by `mptcpize run`, or GODEBUG=multipathtcp=1 for Go programs (docs/mptcpify.md)';
+
+/** Whether plain TCP sockets can be made Multipath TCP here. That a sandbox refuses it shows only when it is tried. */
+async function mptcpify(machine: Machine, client: ClientHostSettings, place: Place): Promise<readonly Check[]> {
+  const pinned = (await machine.list(PINS)).includes('mptcpify');
+  if (client.mptcpify === 'off') {
+    if (!pinned) return [];
+    const left = 'DETOUR_MPTCPIFY=off, but an earlier `detour load` goes on making sockets Multipath TCP';
+    return [warn('mptcpify', left, 'detour unload')];
+  }
+  const checks: Check[] = [];
+  const types = await machine.read('/sys/kernel/btf/vmlinux');
+  if (types === null)
+    checks.push(fail('mptcpify-kernel', 'this kernel does not describe its types (CONFIG_DEBUG_INFO_BTF)', WITHOUT));
+  else if (!types.includes('update_socket_protocol'))
+    checks.push(
+      fail(
+        'mptcpify-kernel',
+        'this kernel does not ask anybody for the protocol of sockets',
+        'boot Linux 6.6 or newer',
+        WITHOUT,
+      ),
+    );
+  else checks.push(ok('mptcpify-kernel', 'the kernel asks for the protocol of sockets'));
+
+  const libraries = await machine.read('/etc/ld.so.cache');
+  if (libraries !== null && !libraries.includes('libbpf.so.1'))
+    checks.push(fail('libbpf', 'libbpf, which loads the program, is not installed', 'apt-get install libbpf1'));
+
+  const mounts = mountsIn((await machine.read('/proc/self/mountinfo')) ?? '');
+  const stays = mounts.some(({ type, at }) => type === 'bpf' && at === '/sys/fs/bpf');
+  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec((await machine.read('/proc/self/status')) ?? '')?.[1] ?? '0';
+  const missing = missingOf(effective, ['BPF', 'PERFMON']);
+  if (pinned) checks.push(ok('mptcpify', '`detour load` attached the program'));
+  else if (missing.length === 0) checks.push(ok('mptcpify', 'the agent may attach the program itself'));
+  else {
+    const fix = {
+      host: ['sudo detour load'],
+      docker: [
+        `docker run: ${missing.map((one) => `--cap-add ${one}`).join(' ')}`,
+        'or before the agent: docker run --rm ... --cap-add BPF --cap-add PERFMON -v /sys/fs/bpf:/sys/fs/bpf ... load   # and -v /sys/fs/bpf:/sys/fs/bpf:ro for the agent',
+      ],
+      kubernetes: [
+        `securityContext.capabilities.add: [${missing.join(', ')}]`,
+        'or an init container that runs `load`, with BPF, PERFMON and a hostPath volume of /sys/fs/bpf',
+      ],
+    };
+    const lacks = missing.map((one) => `CAP_${one}`).join(' and ');
+    checks.push(
+      fail(
+        'mptcpify',
+        `no \`detour load\` attached the program, and this process has no ${lacks} to do it`,
+        ...fix[place],
+      ),
+    );
+    if (!stays)
+      checks.push(
+        fail('bpffs', 'there is no BPF file system at /sys/fs/bpf for it to stay in', ...bpfFileSystem[place]),
+      );
+  }
+  if (client.mptcpify === 'labelled') checks.push(await groups(machine, mounts, place));
+  return checks;
+}
+
+const bpfFileSystem: Readonly<Record<Place, readonly string[]>> = {
+  host: ['mount -t bpf bpf /sys/fs/bpf'],
+  docker: ['docker run: -v /sys/fs/bpf:/sys/fs/bpf'],
+  kubernetes: ['a hostPath volume of /sys/fs/bpf at /sys/fs/bpf'],
+};
+
+/** Workloads are told apart by their control groups, which have to be in sight. */
+async function groups(machine: Machine, mounts: readonly Mount[], place: Place): Promise<Check> {
+  const mount = mounts.find(({ type, at }) => type === 'cgroup2' && GROUPS_AT.includes(at));
+  if (!mount) {
+    return fail(
+      'cgroups',
+      'no control groups of version 2 are mounted, by which labelled workloads are found',
+      'mount -t cgroup2 none /sys/fs/cgroup   # or boot with systemd.unified_cgroup_hierarchy=1',
+    );
+  }
+  // In a control group namespace of its own, the whole tree shows as what is above its root.
+  const own = /^0::\/$/m.test((await machine.read('/proc/self/cgroup')) ?? '');
+  if (place === 'host' || !own || mount.root !== '/') return ok('cgroups', `control groups are at ${mount.at}`);
+  const fix = {
+    docker: ['docker run: -v /sys/fs/cgroup:/sys/fs/cgroup:ro'],
+    kubernetes: ['a hostPath volume of /sys/fs/cgroup at /sys/fs/cgroup, readOnly'],
+  };
+  return fail('cgroups', "only this container's own control groups are in sight", ...fix[place]);
+}
+
+type Mount = { readonly root: string; readonly at: string; readonly type: string };
+
+/** proc_pid_mountinfo(5): root and mount point are the fourth and fifth field, the type follows the dash. */
+const mountsIn = (text: string): readonly Mount[] =>
+  text.split('\n').flatMap((line) => {
+    const [, , , root, at] = line.split(' ');
+    const type = / - (\S+) /.exec(line)?.[1];
+    return root !== undefined && at !== undefined && type !== undefined ? [{ root, at, type }] : [];
+  });
 
 /** As `redirect.ts` of the client will say; with --check the kernel says what it would do, and does nothing. */
 const REDIRECTION =

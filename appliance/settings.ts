@@ -64,8 +64,18 @@ export type Strategy = { readonly kinds: readonly ('nat' | 'announced')[]; reado
 /** `host` is the network namespace that the agent runs in. */
 export type ProviderName = 'host' | 'docker' | 'kubernetes';
 
+/** Which end of connections an agent acts for. */
+export type Side = 'client' | 'server';
+
+/** Whose plain TCP sockets become Multipath TCP. */
+export type Mptcpify = 'off' | 'all' | 'labelled';
+
 export type ClientSettings = CommonSettings & {
-  readonly key: Key;
+  /** At least one, none twice. */
+  readonly sides: readonly Side[];
+  /** Null without the client's side, which alone talks to detours. */
+  readonly key: Key | null;
+  /** None without the client's side. */
   readonly detours: readonly DetourSource[];
   /** Empty means every server. */
   readonly targets: readonly DestinationRule[];
@@ -80,12 +90,13 @@ export type ClientSettings = CommonSettings & {
   readonly rescue: boolean;
   /** Whose namespaces are served; at least one, none twice. */
   readonly providers: readonly ProviderName[];
+  readonly mptcpify: Mptcpify;
   readonly sysctlRoot: string;
 };
 
 /** The part of a client's settings that concerns its host, and that exists without any key. */
 export type ClientHostSettings = CommonSettings &
-  Pick<ClientSettings, 'sysctlRoot' | 'rescue' | 'interfaces' | 'providers'>;
+  Pick<ClientSettings, 'sides' | 'mptcpify' | 'sysctlRoot' | 'rescue' | 'interfaces' | 'providers'>;
 
 /** Where a value came from: the default, the variable itself, the file its `_FILE` names, or `/run/secrets`. */
 export type Origin = 'default' | 'env' | 'file' | 'secret';
@@ -322,12 +333,22 @@ type Reader = {
   readonly warnings: readonly string[];
 };
 
+/** Before anything is checked: what is wrong with it is told with the rest. */
+function sidesIn(found: ReadonlyMap<string, Found>): readonly Side[] {
+  try {
+    return TABLE.role.parse(found.get(TABLE.role.name)?.text ?? 'client');
+  } catch {
+    return ['client'];
+  }
+}
+
 /** Finds, checks and reads every variable of `role`. @throws SettingsError with everything that is wrong. */
 function readAll(role: Role, sources: Sources, options: Options): Reader {
   const problems: Problem[] = [];
   const warnings: string[] = [];
   const found = collect(role, options.others, sources, problems, warnings);
   const rows = ROWS.filter(({ roles }) => roles.includes(role));
+  const needed = sidesIn(found);
   const reported = new Set(problems.map((problem) => problem.variable.replace(/_FILE$/, '')));
 
   // Convict names its own keys and knows no files, so it is handed texts, and problems are worded here.
@@ -343,7 +364,7 @@ function readAll(role: Role, sources: Sources, options: Options): Reader {
           if (reported.has(row.name)) return;
           try {
             if (text !== null) row.parse(text);
-            else if (!options.partial)
+            else if (!options.partial && (row.side === undefined || needed.includes(row.side)))
               refuse(row.secret === true ? 'is required; `detour genkey` makes a key' : 'is required');
           } catch (error) {
             if (!(error instanceof Refused)) throw error;
@@ -480,10 +501,13 @@ const interfaceChoice = (include: readonly string[], exclude: readonly string[])
 /** Settings of a client agent. @throws SettingsError with every problem at once. */
 export function loadClientSettings(sources: Sources, options: { others?: boolean } = {}): Loaded<ClientSettings> {
   const { get, shown, warnings } = readAll('client', sources, { partial: false, others: false, ...options });
+  const sides = get(TABLE.role);
+  const client = sides.includes('client');
   const settings: ClientSettings = {
     ...common(get),
-    key: get(TABLE.key),
-    detours: get(TABLE.detours),
+    sides,
+    key: client ? get(TABLE.key) : null,
+    detours: client ? get(TABLE.detours) : [],
     targets: get(TABLE.targets),
     exclude: get(TABLE.exclude),
     maxPaths: get(TABLE.maxPaths),
@@ -493,9 +517,14 @@ export function loadClientSettings(sources: Sources, options: { others?: boolean
     minAgeMs: get(TABLE.minAge),
     rescue: get(TABLE.rescue),
     providers: get(TABLE.providers),
+    mptcpify: get(TABLE.mptcpify),
     sysctlRoot: get(TABLE.sysctlRoot),
   };
-  return freeze({ settings, shown, warnings });
+  const nobody = settings.mptcpify === 'labelled' && settings.providers.every((name) => name === 'host');
+  const more = nobody
+    ? ['DETOUR_MPTCPIFY=labelled: without docker or kubernetes in DETOUR_PROVIDERS nobody has labels']
+    : [];
+  return freeze({ settings, shown, warnings: [...warnings, ...more] });
 }
 
 /** What `load`, `unload` and `cleanup` need of a client's settings: no key, no detours. @throws SettingsError */
@@ -507,6 +536,8 @@ export function loadClientHostSettings(
   return freeze({
     settings: {
       ...common(get),
+      sides: get(TABLE.role),
+      mptcpify: get(TABLE.mptcpify),
       sysctlRoot: get(TABLE.sysctlRoot),
       rescue: get(TABLE.rescue),
       interfaces: interfaceChoice(get(TABLE.interfaces), get(TABLE.interfacesExclude)),

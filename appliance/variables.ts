@@ -14,7 +14,7 @@ import {
   parsePrefix,
 } from './protocol/address.ts';
 import { isHost, isServiceName, parseNamedDetour, parsePort as port } from './protocol/names.ts';
-import type { DetourSource, Key, ProviderName, Role, Strategy } from './settings.ts';
+import type { DetourSource, Key, ProviderName, Role, Side, Strategy } from './settings.ts';
 
 /** The default port of the control protocol, for detours whose address names none. */
 export const CONTROL_PORT = 45672;
@@ -32,13 +32,15 @@ export const refuse = (rule: string): never => {
 export type Variable<T> = {
   readonly name: `DETOUR_${string}`;
   readonly roles: readonly Role[];
-  /** Null when a value must be given. */
+  /** Null when a value must be given, by whoever takes that side. */
   readonly default: string | null | Readonly<Record<Role, string>>;
   readonly doc: string;
   readonly example: string;
   readonly secret?: true;
   /** True while only the default can be had. */
   readonly unavailable?: true;
+  /** Without a default: only that side needs it (`DETOUR_ROLE`). */
+  readonly side?: Side;
   /** @throws Refused */
   readonly parse: (text: string) => T;
 };
@@ -93,6 +95,12 @@ function strategy(text: string): Strategy {
 function providers(text: string): readonly ProviderName[] {
   const names = list(text, oneOf('host', 'docker', 'kubernetes'));
   if (names.length === 0) refuse('names no provider');
+  return new Set(names).size === names.length ? names : refuse('names one of them twice');
+}
+
+function sides(text: string): readonly Side[] {
+  const names = list(text.toLowerCase(), oneOf('client', 'server'));
+  if (names.length === 0) refuse('names no role');
   return new Set(names).size === names.length ? names : refuse('names one of them twice');
 }
 
@@ -360,8 +368,9 @@ export const TABLE = {
     name: 'DETOUR_KEY',
     roles: ['client'],
     default: null,
+    side: 'client',
     secret: true,
-    doc: "This client's `keyid:secret`, one of the keys its detours accept.",
+    doc: "This client's `keyid:secret`, one of the keys its detours accept. `DETOUR_ROLE=server` alone needs none.",
     example: '<keyid>:<secret>',
     parse: key,
   }),
@@ -425,7 +434,8 @@ export const TABLE = {
     name: 'DETOUR_DETOURS',
     roles: ['client'],
     default: null,
-    doc: 'Where detours are, several sources by comma: `name=host:port`, `dns:NAME[:port]` (every address of the name), `srv:NAME`, `file:PATH`, `http(s):URL`; see "Sources of detours".',
+    side: 'client',
+    doc: 'Where detours are, several sources by comma: `name=host:port`, `dns:NAME[:port]` (every address of the name), `srv:NAME`, `file:PATH`, `http(s):URL`; see "Sources of detours". `DETOUR_ROLE=server` alone needs none.',
     example: 'fra=192.0.2.10:45672,dns:detours.example.org,file:/etc/detour/detours.yaml',
     parse: detourSources,
   }),
@@ -613,19 +623,21 @@ export const TABLE = {
     name: 'DETOUR_MPTCPIFY',
     roles: ['client'],
     default: 'off',
-    unavailable: true,
-    doc: 'Make plain TCP sockets MPTCP. Not available in this version: use `mptcpize`, or an application that speaks MPTCP.',
-    example: 'off',
-    parse: offYet,
+    doc:
+      'Make plain TCP sockets Multipath TCP, by BPF: `all` those of the namespaces that are served, `labelled` those of the containers and pods that ask for it ' +
+      '(`detour.mptcp=true`). Takes Linux 6.6, and `CAP_BPF` and `CAP_PERFMON` or a `detour load` beforehand: docs/mptcpify.md.',
+    example: 'labelled',
+    parse: (text) => (/^(false|no|0)$/i.test(text) ? 'off' : oneOf('off', 'all', 'labelled')(text)),
   }),
   role: variable({
     name: 'DETOUR_ROLE',
     roles: ['client'],
     default: 'client',
-    unavailable: true,
-    doc: 'Act for servers instead of clients. Not available in this version.',
-    example: 'client',
-    parse: onlyYet(['client'], /./),
+    doc:
+      'Which end of connections to act for: `client` gives those that are opened here more paths; `server` lets those that are accepted here have more than the two ' +
+      'extra subflows of a stock kernel, and uses no detours; `client,server` does both: docs/mptcpify.md.',
+    example: 'client,server',
+    parse: sides,
   }),
   announce: variable({
     name: 'DETOUR_ANNOUNCE',

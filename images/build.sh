@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 registry_timeout_s=90
 release=trixie
-packages=nftables,iptables,conntrack,ca-certificates,libstdc++6
+packages=nftables,iptables,conntrack,ca-certificates,libstdc++6,libbpf1
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/detour"
 export DOCKER_BUILDKIT=1
 

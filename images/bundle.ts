@@ -1,5 +1,5 @@
 /**
- * `npm run build`: bundles the program into `dist/detour.js` and assembles what the images copy in.
+ * `npm run build`: bundles the program into `dist/detour.js`, compiles its BPF programs beside it, and assembles what the images copy in.
  *
  *     node images/bundle.ts [amd64] [arm64]      without arguments: this machine's architecture
  *
@@ -22,6 +22,7 @@ import {
 } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { build } from 'esbuild';
+import { compileBpf } from './bpf.ts';
 
 /** Docker's names of the architectures and npm's. */
 const NPM_CPU = { amd64: 'x64', arm64: 'arm64' } as const;
@@ -159,6 +160,8 @@ function assemble(arch: Arch): void {
 
   const app = join(image, 'app');
   place(join(app, 'opt/detour/detour.js'), readFileSync(join(root, 'dist/detour.js')), 0o755);
+  for (const object of readdirSync(join(root, 'dist')).filter((name) => name.endsWith('.bpf.o')))
+    place(join(app, 'opt/detour', object), readFileSync(join(root, 'dist', object)), 0o644);
   place(join(app, 'opt/detour/package.json'), '{"name":"detour","type":"module","private":true}\n', 0o644);
   mkdirSync(join(app, 'usr/local/bin'), { recursive: true });
   symlinkSync('/opt/detour/detour.js', join(app, 'usr/local/bin/detour'));
@@ -203,5 +206,6 @@ function requested(): Arch[] {
   });
 }
 
+compileBpf();
 await bundle();
 for (const arch of requested()) assemble(arch);

@@ -6,7 +6,7 @@ import type { Network, NetworkNews } from '../kernel/network.ts';
 import type { Log } from '../log.ts';
 import { type Address, formatAddress } from '../protocol/address.ts';
 import { deriveKeys } from '../protocol/control.ts';
-import type { ClientSettings } from '../settings.ts';
+import type { ClientSettings, Key } from '../settings.ts';
 import type { Readiness } from '../status/daemon.ts';
 import { createDetours, type DetourAddress } from './detours.ts';
 import { chooseLinks } from './interfaces.ts';
@@ -41,8 +41,8 @@ export type AgentPorts = {
 
 export type AgentSettings = Pick<
   ClientSettings,
-  'key' | 'maxPaths' | 'strategy' | 'targets' | 'exclude' | 'mode' | 'minAgeMs' | 'rescue' | 'interfaces' | 'fwmark'
->;
+  'maxPaths' | 'strategy' | 'targets' | 'exclude' | 'mode' | 'minAgeMs' | 'rescue' | 'interfaces' | 'fwmark'
+> & { readonly key: Key };
 
 export type AgentOptions = {
   readonly settings: AgentSettings;

@@ -5,9 +5,10 @@ import type { DaemonView, Json, Readiness } from '../status/daemon.ts';
 import { type Agent, type AgentPorts, LIVELY_MS, startAgent } from './agent.ts';
 import type { DetourAddress } from './detours.ts';
 import { createMetrics, type WorkloadState } from './metrics.ts';
+import { type MptcpifyPorts, type ServedNet, startMptcpify } from './mptcpify.ts';
 import type { JsonObject } from './report.ts';
 import { type SourcePorts, type SourceStatus, type Sources, watchSources } from './sources.ts';
-import { sameWishes, type Workload } from './workloads.ts';
+import { sameService, sameWishes, type Workload } from './workloads.ts';
 
 /** All namespaces that are served: this one, those of containers and pods, each by an agent; and the detours they share. */
 
@@ -16,7 +17,8 @@ export type Place = {
   /** The same for everybody in it. */
   readonly id: string;
   readonly ports: AgentPorts;
-  /** Selects the userspace path manager. Idempotent. @throws Fatal naming what is missing */
+  readonly net: ServedNet;
+  /** Makes the kernel ready for the sides that are served. Idempotent. @throws Fatal naming what is missing */
   load(): Promise<void>;
   /** Puts back what was there. @throws Fatal */
   unload(): Promise<void>;
@@ -50,6 +52,7 @@ export type DaemonPorts = SourcePorts & {
   readonly openPlace: (path: string | null, workload: string | null) => Promise<Place>;
   /** Starts watching; `onChange` is told all workloads there are, whenever that changes. */
   readonly providers: readonly ((onChange: (workloads: readonly Workload[]) => void) => Provider)[];
+  readonly mptcpify: Pick<MptcpifyPorts, 'groups' | 'openSwitches' | 'isPinned'>;
   readonly version: string;
 };
 
@@ -71,6 +74,8 @@ const RETRY_LONGEST_MS = 60_000;
 type Served = {
   readonly place: Place;
   readonly users: Set<Entry>;
+  up: boolean;
+  /** Null until it is up, and without the client's side: then the kernel does it all. */
   agent: Agent | null;
   /** Settles when it is served, or failed to be. */
   ready: Promise<void>;
@@ -78,7 +83,7 @@ type Served = {
 
 /** One workload, on its way in, served, or not. */
 type Entry = {
-  readonly workload: Workload;
+  workload: Workload;
   readonly since: number;
   served: Served | null;
   /** Why it is not served, or not as it wishes; null when nothing is wrong. */
@@ -98,6 +103,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
   const announced = new Map<number, readonly Workload[]>();
   let addresses: readonly DetourAddress[] = [];
   let home: Place | null = null;
+  const mptcpify = startMptcpify(settings.mptcpify, { ...ports.mptcpify, clock, log });
   let own: Agent | null = null;
   let sources: Sources | null = null;
   let stopped = false;
@@ -114,13 +120,30 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     states: () => [...agents()].map(({ state }) => state),
     sources: sourceStatus,
     workloads: () => [...entries.values()].map(stateOf),
+    mptcpify: mptcpify.status,
   });
 
-  async function begin(place: Place, wishes: Partial<ClientSettings>): Promise<Agent> {
-    await place.load();
+  /** Tells whose sockets may become Multipath TCP now. */
+  function choose(): void {
+    const places = [home, ...[...served.values()].map(({ up, place }) => (up ? place : null))];
+    mptcpify.update(
+      places.flatMap((place) => place?.net ?? []),
+      [...entries.values()].map(({ workload: { key, name, groups, wishes } }) => ({
+        key,
+        name,
+        groups,
+        mptcp: wishes.mptcp,
+      })),
+    );
+  }
+
+  async function begin(place: Place, wishes: Partial<ClientSettings>): Promise<Agent | null> {
+    const { key } = settings;
     try {
+      await place.load();
+      if (key === null) return null;
       const agent = await startAgent({
-        settings: { ...settings, ...wishes },
+        settings: { ...settings, ...wishes, key },
         ports: place.ports,
         metrics,
         onMoved: () => sources?.retry(),
@@ -152,7 +175,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     if (present || place.id === ownId) {
       place.close();
       if (!present) {
-        entry.why = own
+        entry.why = home
           ? "it uses this host's network, which is served as such"
           : "it uses this host's network: add host to DETOUR_PROVIDERS to serve that";
         log.warn('workload-on-host', { workload: workload.name }, `A workload is not served by itself: ${entry.why}`);
@@ -161,7 +184,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       entry.served = present;
       present.users.add(entry);
       const [first] = present.users;
-      if (first && !sameWishes(first.workload.wishes, workload.wishes)) {
+      if (first && !sameService(first.workload.wishes, workload.wishes)) {
         entry.why = `it shares its network with ${first.workload.name}, whose settings count`;
         log.warn(
           'workload-shares',
@@ -171,15 +194,17 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       }
       return;
     }
-    const one: Served = { place, users: new Set([entry]), agent: null, ready: Promise.resolve() };
+    const one: Served = { place, users: new Set([entry]), up: false, agent: null, ready: Promise.resolve() };
     served.set(place.id, one);
     entry.served = one;
     const { targets, strategy } = workload.wishes;
     one.ready = begin(place, { ...(targets && { targets }), ...(strategy && { strategy }) }).then(
       (agent) => {
+        one.up = true;
         one.agent = agent;
         // The list may have changed while it started.
-        agent.set(addresses);
+        agent?.set(addresses);
+        choose();
         log.info('workload-served', { workload: workload.name }, 'Serving the connections of a workload');
       },
       (error: unknown) => {
@@ -228,8 +253,9 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     const [first] = one.users;
     one.users.delete(entry);
     const [next] = one.users;
-    if (next && (first !== entry || sameWishes(next.workload.wishes, workload.wishes))) return;
+    if (next && (first !== entry || sameService(next.workload.wishes, workload.wishes))) return;
     served.delete(one.place.id);
+    choose();
     await end(one);
     log.info('workload-left', { workload: workload.name }, 'Stopped serving a workload');
     // Those who stay are served as they wish from now on.
@@ -258,6 +284,8 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     for (const [key, entry] of entries) {
       const workload = wanted.get(key);
       if (workload && sameWishes(workload.wishes, entry.workload.wishes)) {
+        // A pod may have other containers now.
+        entry.workload = workload;
         wanted.delete(key);
         continue;
       }
@@ -270,11 +298,14 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       // One that changed its wishes is let go of first.
       void Promise.all(leaving).then(() => (entry.gone ? undefined : enter(entry)));
     }
+    choose();
   }
 
   if (settings.providers.includes('host')) {
-    home = await openPlace(null, null);
-    own = await begin(home, {});
+    const place = await openPlace(null, null);
+    own = await begin(place, {});
+    home = place;
+    choose();
   }
   sources = watchSources({
     ...ports,
@@ -310,6 +341,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       const { provider: name, state, why } = provider.status();
       return state === 'ok' ? [] : [`${name}: ${why ?? 'not asked yet'}`];
     });
+    if (settings.key === null) return { ready: failing.length === 0, reasons: failing };
     const all = [...agents()];
     const states = all.map((agent) => agent.readiness());
     if (states.some(({ ready }) => ready) || (all.length === 0 && !alone))
@@ -344,6 +376,8 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
         return {
           version: ports.version,
           ready: readiness().ready,
+          ...(settings.sides.includes('server') ? { sides: settings.sides } : {}),
+          ...(settings.mptcpify === 'off' ? {} : { mptcpify: { ...mptcpify.status() } }),
           detours: all(({ detours }) => detours),
           sources: sourceStatus().map(({ answeredAt, ...source }) => ({
             ...source,
@@ -357,6 +391,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
                   name: entry.workload.name,
                   state: stateOf(entry),
                   since: wallAt(entry.since),
+                  ...(settings.mptcpify === 'off' ? {} : { mptcp: mptcpify.includes(entry.workload.key) }),
                   why: entry.why,
                 })),
               }),
@@ -371,6 +406,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     },
     async stop() {
       stopped = true;
+      mptcpify.stop();
       for (const provider of providers) provider.stop();
       sources?.stop();
       // Every namespace is put back, whatever becomes of the others.
@@ -388,7 +424,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
 }
 
 const stateOf = ({ served, why }: Entry): WorkloadState =>
-  served?.agent ? 'served' : why === null || served ? 'starting' : 'failed';
+  served?.up ? 'served' : why === null || served ? 'starting' : 'failed';
 
 /** Repeats a task until it returns false. */
 function every(clock: Clock, ms: number, task: () => boolean): void {

@@ -60,7 +60,7 @@ export function watchDocker({ engine, clock, log, readers, onChange }: DockerOpt
     }
     if (!enabled) return null;
     const paths = await pathsOf(container, new Set());
-    return { key, name, paths, wishes };
+    return { key, name, paths, groups: [id], wishes };
   }
 
   /** Where its network is: its own, or that of the container which it joined. */

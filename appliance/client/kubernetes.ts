@@ -34,6 +34,13 @@ type Known = {
   searches: number;
 };
 
+/** The whole pod's control group, as kubelets with cgroupfs and with systemd name it; where there is none, its containers'. */
+const groupsOf = ({ uid, containers }: Pod): readonly string[] => [
+  `pod${uid}`,
+  `pod${uid.replaceAll('-', '_')}`,
+  ...containers,
+];
+
 /** Watches. While the API server is away, what it said last counts. */
 export function watchKubernetes(options: KubernetesOptions): Provider {
   const { pods, processes, clock, log, readers, onChange } = options;
@@ -58,9 +65,12 @@ export function watchKubernetes(options: KubernetesOptions): Provider {
       if (!process) return [];
       const { wishes } = readLabels(pod.annotations, KUBERNETES_PREFIX, readers);
       // A pod whose sandbox was made again has another namespace, and is another workload.
-      return [{ key: `${pod.uid} ${process.namespace}`, name: pod.name, paths: [process.path], wishes }];
+      const groups = groupsOf(pod);
+      return [{ key: `${pod.uid} ${process.namespace}`, name: pod.name, paths: [process.path], groups, wishes }];
     });
-    const text = workloads.map(({ key }) => `${key} ${annotationsOf(known.get(key.split(' ')[0] ?? ''))}`).join('\n');
+    const text = workloads
+      .map(({ key, groups }) => `${key} ${groups} ${annotationsOf(known.get(key.split(' ')[0] ?? ''))}`)
+      .join('\n');
     if (stopped || (text === published && !anyway)) return;
     published = text;
     onChange(workloads);

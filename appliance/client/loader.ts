@@ -30,11 +30,8 @@ const NEEDS_WRITING =
   'kubernetes: a hostPath volume of /proc/sys/net at /host/proc/sys/net and env DETOUR_SYSCTL_ROOT=/host/proc/sys. ' +
   'host, once and for all: echo net.mptcp.pm_type=1 > /etc/sysctl.d/90-detour.conf && sysctl --system';
 
-/**
- * Selects the userspace path manager. Idempotent.
- * @throws Fatal (69) naming the kernel feature, the parameter and the line that helps.
- */
-export async function load({ sysctl, memory, log }: LoaderPorts, owner: LoaderOwner): Promise<void> {
+/** @throws Fatal (69) unless this kernel has Multipath TCP, switched on */
+export async function requireMptcp(sysctl: Sysctl): Promise<void> {
   const enabled = await sysctl.read(ENABLED);
   if (enabled === null) {
     throw new Fatal(
@@ -50,6 +47,14 @@ export async function load({ sysctl, memory, log }: LoaderPorts, owner: LoaderOw
         `docker, with a network of its own: --sysctl ${ENABLED}=1`,
     );
   }
+}
+
+/**
+ * Selects the userspace path manager. Idempotent.
+ * @throws Fatal (69) naming the kernel feature, the parameter and the line that helps.
+ */
+export async function load({ sysctl, memory, log }: LoaderPorts, owner: LoaderOwner): Promise<void> {
+  await requireMptcp(sysctl);
   const { parameter, value } = await find(sysctl);
   if (value === parameter.userspace) return;
   await memory

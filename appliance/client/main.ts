@@ -1,6 +1,8 @@
 import { setFlagsFromString } from 'node:v8';
 import { Fatal } from '../exit.ts';
 import { returnFreedMemory } from '../kernel/allocator.ts';
+import { BpfError } from '../kernel/bpf.ts';
+import { systemGroups } from '../kernel/cgroups.ts';
 import { systemClock } from '../kernel/clock.ts';
 import { udpDatagrams } from '../kernel/datagrams.ts';
 import { openDiag } from '../kernel/diag.ts';
@@ -8,7 +10,8 @@ import { systemFiles } from '../kernel/files.ts';
 import { systemHandshake } from '../kernel/handshake.ts';
 import { systemLookup } from '../kernel/lookup.ts';
 import { nftMemory } from '../kernel/memory.ts';
-import { openPathManager } from '../kernel/mptcp.ts';
+import { openPathManager, subflowLimit } from '../kernel/mptcp.ts';
+import { isPinned, openSwitches, prepareSwitches, removeSwitches } from '../kernel/mptcpify.ts';
 import { type Namespace, NamespaceError, openNamespace, ownNamespace } from '../kernel/namespaces.ts';
 import { openNetwork } from '../kernel/network.ts';
 import { remedyOf, systemNft } from '../kernel/nft.ts';
@@ -16,6 +19,7 @@ import { type ApiServer, podsOf } from '../kernel/pods.ts';
 import { systemProcesses } from '../kernel/processes.ts';
 import { systemSchedule } from '../kernel/schedule.ts';
 import { isOfOneNamespace, procSysctl } from '../kernel/sysctl.ts';
+import { nameProcess } from '../kernel/title.ts';
 import { openTranslations } from '../kernel/translations.ts';
 import { systemWeb } from '../kernel/web.ts';
 import { type Log, logWith } from '../log.ts';
@@ -26,11 +30,17 @@ import { VERSION } from '../version.ts';
 import { type DaemonPorts, type Place, startDaemon } from './daemon.ts';
 import { watchDocker } from './docker.ts';
 import { watchKubernetes } from './kubernetes.ts';
-import { type LoaderPorts, unload as restore, load as select } from './loader.ts';
+import { ACCEPTED_SUBFLOWS, type LimitPorts, lower, raise } from './limits.ts';
+import { type LoaderOwner, type LoaderPorts, requireMptcp, unload as restore, load as select } from './loader.ts';
+import { fillByLoad, INSTEAD } from './mptcpify.ts';
 import { REMOVE_REDIRECTIONS, RESCUE_TABLE } from './redirect.ts';
 
 /** The nftables table in which the client remembers what it changed. It holds no chain and touches no packet. */
 export const CLIENT_TABLE = 'detour_client';
+/** The same for the server's side. */
+export const SERVER_TABLE = 'detour_server';
+/** Sockets of a process of this name are left alone by bpf/mptcpify.bpf.c. */
+const PROCESS_NAME = 'detour';
 
 export type RunningClient = {
   readonly view: DaemonView;
@@ -49,6 +59,7 @@ export async function startClient(settings: ClientSettings, log: Log): Promise<R
   // Left to itself, V8 takes 35 MB for the passing garbage of a thousand connections.
   setFlagsFromString('--optimize-for-size');
   setFlagsFromString('--semi-space-growth-factor=1');
+  nameProcess(PROCESS_NAME);
   const providers = await openProviders(settings, log);
   const daemon = await startDaemon(settings, {
     clock: systemClock,
@@ -65,6 +76,7 @@ export async function startClient(settings: ClientSettings, log: Log): Promise<R
         workload === null ? log : logWith(log, { workload }),
       ),
     providers,
+    mptcpify: { groups: systemGroups(), openSwitches, isPinned },
     version: VERSION,
   });
   const trimming = setInterval(returnFreedMemory, TRIM_MS).unref();
@@ -79,9 +91,13 @@ export async function startClient(settings: ClientSettings, log: Log): Promise<R
 
 /** Everything that the agent of one namespace needs of the kernel. */
 function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Place {
-  const loader = loaderPorts(settings, log, namespace);
+  const { sysctl } = loaderPorts(settings, log, namespace);
   return {
     id: namespace.id,
+    net: {
+      inode: namespace.inode,
+      mptcpEnabled: async () => (await sysctl.read('net.mptcp.enabled')) !== '0',
+    },
     ports: {
       clock: systemClock,
       datagrams: udpDatagrams(namespace),
@@ -98,9 +114,12 @@ function placeOf(namespace: Namespace, settings: ClientSettings, log: Log): Plac
     },
     async load() {
       // With what a predecessor with DETOUR_RESCUE=on left when it was killed.
-      await Promise.all([select(loader, 'daemon'), settings.rescue ? null : removeRedirections(namespace)]);
+      await Promise.all([
+        ready(settings, log, 'daemon', namespace),
+        settings.rescue ? null : removeRedirections(namespace),
+      ]);
     },
-    unload: () => restore(loader, 'daemon'),
+    unload: () => putBack(settings, log, 'daemon', namespace),
     close: () => namespace.close(),
   };
 }
@@ -196,20 +215,86 @@ async function enter(path: string): Promise<Namespace> {
   }
 }
 
-/** `detour load`: selects the userspace path manager until `detour unload`. @throws Fatal (69) */
-export async function load(settings: ClientHostSettings, log: Log): Promise<void> {
-  await select(loaderPorts(settings, log), 'load');
+/**
+ * `detour load`: readies the kernel until `detour unload`, with whatever takes more privileges than the agent. Returns what it did, for people.
+ * @throws Fatal (69)
+ */
+export async function load(settings: ClientHostSettings, log: Log): Promise<readonly string[]> {
+  const { sides, mptcpify } = settings;
+  const prepared = mptcpify === 'off' ? null : prepare(log);
+  await ready(settings, log, 'load');
+  const done: string[] = [];
+  if (sides.includes('client')) done.push('the userspace path manager is selected');
+  if (sides.includes('server')) done.push(`connections that are accepted may have ${ACCEPTED_SUBFLOWS} extra subflows`);
+  if (prepared) {
+    const switches = prepared.keep();
+    fillByLoad(switches, mptcpify, ownNamespace.inode);
+    switches.close();
+    done.push(
+      mptcpify === 'all'
+        ? 'plain TCP sockets of this network become Multipath TCP'
+        : 'plain TCP sockets of workloads become Multipath TCP as the agent finds them labelled',
+    );
+  }
+  return done;
+}
+
+/**
+ * What cannot be had on this kernel is said, and everything else goes on without. @throws Fatal (69) for what can be mended: an init
+ * container that succeeds would hide it.
+ */
+function prepare(log: Log): ReturnType<typeof prepareSwitches> | null {
+  try {
+    return prepareSwitches();
+  } catch (error) {
+    if (!(error instanceof BpfError)) throw error;
+    const { reason, message } = error;
+    if (reason !== 'btf' && reason !== 'hook' && reason !== 'refused')
+      throw new Fatal(69, `DETOUR_MPTCPIFY: ${message}`);
+    log.warn('mptcpify-unavailable', { why: message }, `Plain TCP sockets stay what they are. ${INSTEAD}`);
+    return null;
+  }
 }
 
 /** `detour unload`: puts back what was there, whoever changed it. @throws Fatal (69) */
 export async function unload(settings: ClientHostSettings, log: Log): Promise<void> {
-  await restore(loaderPorts(settings, log), null);
+  // First: what is made Multipath TCP now would not get the path manager that it was meant for.
+  try {
+    removeSwitches();
+  } catch (error) {
+    throw error instanceof BpfError ? new Fatal(69, error.message) : error;
+  }
+  await putBack(settings, log, null);
 }
 
 /** Removes everything of the client from this network namespace. Works without a running agent. @throws Fatal (69) */
 export async function cleanupClient(settings: ClientHostSettings, log: Log): Promise<void> {
-  await restore(loaderPorts(settings, log), null);
+  await unload(settings, log);
   await removeRedirections();
+}
+
+/** Readies a namespace for the sides that are served. @throws Fatal (69) */
+async function ready(
+  settings: ClientHostSettings,
+  log: Log,
+  owner: LoaderOwner,
+  namespace: Namespace = ownNamespace,
+): Promise<void> {
+  const { sides } = settings;
+  const loader = loaderPorts(settings, log, namespace);
+  if (sides.includes('client')) await select(loader, owner);
+  else await requireMptcp(loader.sysctl);
+  if (sides.includes('server')) await raise(limitPorts(log, namespace), owner);
+}
+
+/** Puts back what was there on either side: the settings may have been others. @throws Fatal (69) */
+async function putBack(
+  settings: ClientHostSettings,
+  log: Log,
+  owner: LoaderOwner | null,
+  namespace: Namespace = ownNamespace,
+): Promise<void> {
+  await Promise.all([restore(loaderPorts(settings, log, namespace), owner), lower(limitPorts(log, namespace), owner)]);
 }
 
 /** @throws Fatal (69) */
@@ -224,4 +309,8 @@ function loaderPorts(settings: ClientHostSettings, log: Log, namespace: Namespac
     memory: nftMemory(systemNft({ namespace }), CLIENT_TABLE),
     log,
   };
+}
+
+function limitPorts(log: Log, namespace: Namespace): LimitPorts {
+  return { limit: subflowLimit(namespace), memory: nftMemory(systemNft({ namespace }), SERVER_TABLE), log };
 }

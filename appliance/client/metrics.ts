@@ -1,4 +1,5 @@
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import type { MptcpifyStatus } from './mptcpify.ts';
 import type { SourceStatus } from './sources.ts';
 import type { State } from './state.ts';
 
@@ -11,12 +12,13 @@ export type Measured = {
   readonly states: () => readonly State[];
   readonly sources: () => readonly SourceStatus[];
   readonly workloads: () => readonly WorkloadState[];
+  readonly mptcpify: () => MptcpifyStatus;
 };
 
 /** Of a container or pod that asked to be served. */
 export type WorkloadState = 'starting' | 'served' | 'failed';
 
-export function createMetrics({ states, sources, workloads }: Measured) {
+export function createMetrics({ states, sources, workloads, mptcpify }: Measured) {
   const registry = new Registry();
   const registers = [registry];
   const each = <T>(pick: (state: State) => Iterable<T>): T[] => states().flatMap((state) => [...pick(state)]);
@@ -99,6 +101,23 @@ export function createMetrics({ states, sources, workloads }: Measured) {
     collect() {
       const counts = count(workloads());
       for (const state of ['starting', 'served', 'failed'] as const) this.set({ state }, counts.get(state) ?? 0);
+    },
+  });
+  new Gauge({
+    name: 'detour_client_mptcpify_on',
+    help: 'Whether plain TCP sockets are made Multipath TCP (DETOUR_MPTCPIFY)',
+    registers,
+    collect() {
+      this.set(mptcpify().state === 'on' ? 1 : 0);
+    },
+  });
+  new Counter({
+    name: 'detour_client_mptcpified_sockets_total',
+    help: 'Plain TCP sockets that were made Multipath TCP since the BPF program was attached; listening ones among them',
+    registers,
+    collect() {
+      this.reset();
+      this.inc(mptcpify().sockets ?? 0);
     },
   });
   addSourceMetrics(registry, sources);

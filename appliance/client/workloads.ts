@@ -10,6 +10,8 @@ export type Workload = {
   readonly name: string;
   /** Files through which its network namespace can be entered, the best first. */
   readonly paths: readonly string[];
+  /** What the names of its control groups have in them: ids of its containers, of a pod its uid. */
+  readonly groups: readonly string[];
   readonly wishes: Wishes;
 };
 
@@ -79,6 +81,9 @@ export function readLabels(labels: Readonly<Record<string, string>>, prefix: str
 
 /** Whether two workloads would be served alike. */
 export const sameWishes = (a: Wishes, b: Wishes): boolean => describe(a) === describe(b);
+
+/** Whether they would have the same agent: of Multipath TCP, each container has its own way. */
+export const sameService = (a: Wishes, b: Wishes): boolean => sameWishes({ ...a, mptcp: null }, { ...b, mptcp: null });
 
 const describe = (wishes: Wishes): string =>
   JSON.stringify(wishes, (_, value: unknown) => (typeof value === 'bigint' ? `${value}` : value));

@@ -68,6 +68,14 @@ export type PathManager = {
   close(): void;
 };
 
+/** How many extra subflows a connection may have that the kernel's own path manager is in charge of; joins of peers count. */
+export type SubflowLimit = {
+  /** @throws NetlinkError */
+  read(): Promise<number>;
+  /** Existing connections, too, are held to it from now on. @throws NetlinkError (`EINVAL` above the kernel's most) */
+  write(subflows: number): Promise<void>;
+};
+
 const CTRL_FAMILY = 16;
 const CTRL_GETFAMILY = 3;
 const CTRL_ATTRIBUTE = { ID: 1, NAME: 2, GROUPS: 7 } as const;
@@ -75,8 +83,8 @@ const GROUP_ATTRIBUTE = { NAME: 1, ID: 2 } as const;
 const GENL_HEADER_BYTES = 4;
 const FAMILY = 'mptcp_pm';
 const EVENT_GROUP = 'mptcp_pm_events';
-const COMMAND = { SET_FLAGS: 7, SUBFLOW_CREATE: 10, SUBFLOW_DESTROY: 11 } as const;
-const ATTRIBUTE = { ADDR: 1, TOKEN: 4, ADDR_REMOTE: 6 } as const;
+const COMMAND = { SET_LIMITS: 5, GET_LIMITS: 6, SET_FLAGS: 7, SUBFLOW_CREATE: 10, SUBFLOW_DESTROY: 11 } as const;
+const ATTRIBUTE = { ADDR: 1, SUBFLOWS: 3, TOKEN: 4, ADDR_REMOTE: 6 } as const;
 const IN_ADDRESS = { FAMILY: 1, ID: 2, ADDR4: 3, ADDR6: 4, PORT: 5, FLAGS: 6, IF_IDX: 7 } as const;
 const FLAG_BACKUP = 4;
 const AF_INET = 2;
@@ -176,6 +184,31 @@ export async function openPathManager(namespace: Namespace, onEvent: (event: Pat
     commands.close();
     throw explain(error);
   }
+}
+
+/** That limit of a network namespace. */
+export function subflowLimit(namespace: Namespace): SubflowLimit {
+  const ask = async (what: string, number: number, ...attributes: Buffer[]): Promise<Buffer> => {
+    const socket = openNetlink(PROTOCOL.GENERIC, { namespace });
+    try {
+      const { family } = await resolveFamily(socket);
+      const [answer] = await socket.request(what, family, Buffer.concat([genlHeader(number), ...attributes]));
+      return answer ?? Buffer.alloc(0);
+    } catch (error) {
+      throw explain(error);
+    } finally {
+      socket.close();
+    }
+  };
+  return {
+    async read() {
+      const answer = await ask('reading the limit of subflows', COMMAND.GET_LIMITS);
+      return integer(readAttributes(answer, GENL_HEADER_BYTES).get(ATTRIBUTE.SUBFLOWS)) ?? 0;
+    },
+    async write(subflows) {
+      await ask('changing the limit of subflows', COMMAND.SET_LIMITS, attribute(ATTRIBUTE.SUBFLOWS, u32(subflows)));
+    },
+  };
 }
 
 function explain(error: unknown): unknown {

@@ -9,6 +9,8 @@ import koffi from 'koffi';
 export type Namespace = {
   /** Device and inode of the namespace: the same text for everybody in it, for as long as anybody holds it open. */
   readonly id: string;
+  /** Its inode alone: the number by which the kernel itself names it (`ns_common.inum`). */
+  readonly inode: number;
   /**
    * Runs `task` with this thread in the namespace. It must be synchronous: what it awaits, and whatever runs on a thread of
    * libuv's pool (asynchronous file functions, name look-ups), is outside.
@@ -47,6 +49,9 @@ export const ownNamespace: Namespace = {
   get id() {
     return idOf(statSync('/proc/self/ns/net', { bigint: true }));
   },
+  get inode() {
+    return statSync('/proc/self/ns/net').ino;
+  },
   within: (task) => task(),
   close: () => undefined,
 };
@@ -67,8 +72,13 @@ export async function openNamespace(path: string): Promise<Namespace> {
   }
   const close = (): void => closeSync(there);
   try {
-    const id = idOf(statSync(`/proc/self/fd/${there}`, { bigint: true }));
-    const namespace = { id, within: <T>(task: () => T): T => inside(there, path, task), close };
+    const its = statSync(`/proc/self/fd/${there}`, { bigint: true });
+    const namespace = {
+      id: idOf(its),
+      inode: Number(its.ino),
+      within: <T>(task: () => T): T => inside(there, path, task),
+      close,
+    };
     // Whether it may be entered at all shows now, and not in the middle of something.
     namespace.within(() => undefined);
     return namespace;

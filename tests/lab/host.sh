@@ -41,12 +41,20 @@ need() { # $1 command, $2 package, $3 why
   say "installing $2: $3"
 }
 
+need_file() { # $1 file, $2 package, $3 why
+  [ -f "$1" ] && return
+  wanted+=("$2")
+  say "installing $2: $3"
+}
+
 packages() {
   local group plugins=no
   for group in "$@"; do
     case $group in
       build)
         need git git 'the revision that a build names'
+        need clang clang 'compiles the BPF program that makes plain TCP sockets Multipath TCP (DETOUR_MPTCPIFY)'
+        need_file /usr/include/bpf/bpf_helpers.h libbpf-dev 'what BPF programs include, and the library that loads them'
         ;;
       lab)
         need ip iproute2 'test networks out of namespaces, links and rates'
@@ -71,7 +79,7 @@ packages() {
         ;;
       base-image)
         need mmdebstrap mmdebstrap 'makes the base image where no container registry answers'
-        [ -f /usr/share/keyrings/debian-archive-keyring.gpg ] || { wanted+=(debian-archive-keyring); say 'installing debian-archive-keyring: checks the packages of the base image'; }
+        need_file /usr/share/keyrings/debian-archive-keyring.gpg debian-archive-keyring 'checks the packages of the base image'
         ;;
       cluster)
         need git git 'the Kubernetes build asks it for a version'

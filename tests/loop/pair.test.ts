@@ -17,6 +17,7 @@ import { Router } from '../../appliance/router/server.ts';
 import type { ClientSettings, RouterSettings } from '../../appliance/settings.ts';
 import { FakeClock, settle } from '../fakes/clock.ts';
 import { FakeKernel, type Opening } from '../fakes/mptcp.ts';
+import { FakeGroups, FakeSwitches } from '../fakes/mptcpify.ts';
 import { FakeNetwork, type Fate } from '../fakes/network.ts';
 import { FakeNft } from '../fakes/nft.ts';
 import { FakeRouting } from '../fakes/routing.ts';
@@ -172,6 +173,8 @@ class Pair {
         minAgeMs: null,
         rescue: false,
         providers: ['host'],
+        sides: ['client'],
+        mptcpify: 'off',
         sysctlRoot: '/proc/sys',
         ...settings,
       },
@@ -192,6 +195,7 @@ class Pair {
         ownId: 'own',
         openPlace: async () => ({
           id: 'own',
+          net: { inode: 1, mptcpEnabled: async () => true },
           ports: {
             clock: this.clock,
             datagrams: this.network.host(this.addresses),
@@ -208,6 +212,7 @@ class Pair {
           close: () => undefined,
         }),
         providers: [],
+        mptcpify: { groups: new FakeGroups(), openSwitches: () => new FakeSwitches(), isPinned: () => false },
         version: 'test',
       },
     );

@@ -12,9 +12,13 @@ import { request } from 'node:http';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { type Host, Lab, type Link, type Running, waitUntil } from '../lab/netns.ts';
+import { type ExecResult, type Host, Lab, type Link, type Running, waitUntil } from '../lab/netns.ts';
 
-const CLI = fileURLToPath(new URL('../../appliance/cli.ts', import.meta.url));
+/** In the VM, which takes 15 s to read the sources, the bundle. */
+const PROGRAM = process.env.LAB_VM === '1' ? '../../dist/detour.js' : '../../appliance/cli.ts';
+const CLI = fileURLToPath(new URL(PROGRAM, import.meta.url));
+/** Emulated processors are slow. */
+const START_MS = 90_000;
 
 /** As `/v1/status` of a client has it. */
 export type StatusPath = {
@@ -40,6 +44,12 @@ export type StatusConnection = {
 };
 export type Status = {
   readonly ready: boolean;
+  readonly mptcpify?: {
+    readonly state: string;
+    readonly by: string | null;
+    readonly sockets: number | null;
+    readonly why: string | null;
+  };
   readonly detours: readonly {
     readonly name: string;
     readonly interface: string | null;
@@ -138,7 +148,7 @@ export class World implements AsyncDisposable {
         ...environment,
       },
     });
-    await router.waitFor('"event":"started"', 20_000);
+    await router.waitFor('"event":"started"', START_MS);
     return router;
   }
 
@@ -146,16 +156,17 @@ export class World implements AsyncDisposable {
     return Promise.all(this.detours.map((detour) => this.startRouter(detour)));
   }
 
-  /** Runs an agent on a host, by default the client, and returns when it has subscribed to the kernel. */
+  /** Runs an agent on a host, by default the client, behind a `prefix` such as setpriv, and returns when it has subscribed to the kernel. */
   async startAgent(
     environment: Readonly<Record<string, string>> = {},
     host: Host = this.client,
+    prefix: readonly string[] = [],
   ): Promise<{ program: Running; status: () => Promise<Status>; metrics: () => Promise<string> }> {
     const socket = this.agentSocket(host);
-    const program = host.spawn([process.execPath, CLI, 'client'], {
+    const program = host.spawn([...prefix, process.execPath, CLI, 'client'], {
       env: this.agentEnvironment(host, environment),
     });
-    await program.waitFor('"event":"started"', 20_000);
+    await program.waitFor('"event":"started"', START_MS);
     return {
       program,
       status: async () => JSON.parse(await ask(socket, '/v1/status')),
@@ -179,10 +190,28 @@ export class World implements AsyncDisposable {
     };
   }
 
-  /** Runs another sub-command of the client to its end and returns what it printed. */
-  async command(words: readonly string[], environment: Readonly<Record<string, string>> = {}): Promise<string> {
-    return this.client.exec([process.execPath, CLI, ...words], {
-      env: this.agentEnvironment(this.client, environment),
+  /** Runs another sub-command of the client to its end, by default on the client, and returns what it printed. */
+  async command(
+    words: readonly string[],
+    environment: Readonly<Record<string, string>> = {},
+    host: Host = this.client,
+  ): Promise<string> {
+    return host.exec([process.execPath, CLI, ...words], {
+      env: this.agentEnvironment(host, environment),
+      timeoutMs: START_MS,
+    });
+  }
+
+  /** The same, whatever comes of it, behind a `prefix` such as setpriv. */
+  tryCommand(
+    words: readonly string[],
+    environment: Readonly<Record<string, string>>,
+    host: Host,
+    prefix: readonly string[],
+  ): Promise<ExecResult> {
+    return host.try([...prefix, process.execPath, CLI, ...words], {
+      env: this.agentEnvironment(host, environment),
+      timeoutMs: START_MS,
     });
   }
 

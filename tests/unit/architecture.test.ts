@@ -17,9 +17,12 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
     /^client\/(manager|explain|state|joins|slots|repair|revival|roaming|spares|interfaces|adoption|fleet|listing|paths|worth)\.ts$/,
     'pure',
   ],
-  [/^client\/(rescue|redirect|workloads)\.ts$/, 'pure'],
+  [/^client\/(rescue|redirect|workloads|switches)\.ts$/, 'pure'],
   [/^router\/(server|keeper|table|notices)\.ts$/, 'shell'],
-  [/^client\/(daemon|agent|report|metrics|detours|sources|names|loader|rescuer|docker|kubernetes)\.ts$/, 'shell'],
+  [
+    /^client\/(daemon|agent|report|metrics|detours|sources|names|loader|limits|mptcpify|rescuer|docker|kubernetes)\.ts$/,
+    'shell',
+  ],
   [/^kernel\//, 'kernel'],
   [/^status\//, 'edge'],
   // Whatever stands beside cli.ts serves it: settings, log, doctor.

@@ -527,3 +527,88 @@ it('prints every failure with its remedy', () => {
     'ok    a    fine\nFAIL  bcd  broken\n           fix: mend it\n           fix: or this\n\n1 fine, 0 to look at, 1 failed',
   );
 });
+
+describe('DETOUR_MPTCPIFY', () => {
+  const BPF = 'CapEff:\t000000c000001000\n';
+  const MOUNTS = [
+    '30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw',
+    '31 23 0:27 / /sys/fs/bpf rw - bpf bpf rw,mode=700',
+  ].join('\n');
+  const FILES = {
+    '/proc/self/status': BPF,
+    '/proc/self/mountinfo': MOUNTS,
+    '/proc/self/cgroup': '0::/\n',
+    '/sys/kernel/btf/vmlinux': '\0socket\0update_socket_protocol\0',
+    '/etc/ld.so.cache': 'glibc-ld.so.cache1.1 libbpf.so.1 /usr/lib/libbpf.so.1',
+  };
+  const settings = (mode: string, role = 'client') =>
+    loadClientHostSettings({ ...sources, env: { DETOUR_MPTCPIFY: mode, DETOUR_ROLE: role } }).settings;
+  const look = (files: Record<string, string> = {}, mode = 'labelled', kubernetes = false) =>
+    diagnose({ files: { ...FILES, ...files } }, { client: settings(mode) }, kubernetes);
+
+  it.each(['all', 'labelled'])('%s is fine where everything is there', async (mode) => {
+    expect(sick(await look({}, mode))).toEqual([]);
+  });
+
+  it.each<[string, Record<string, string>, string, RegExp]>([
+    ['a kernel without BTF', { '/sys/kernel/btf/vmlinux': '' }, 'mptcpify-kernel', /mptcpize run.*GODEBUG/],
+    ['a kernel without the hook', { '/sys/kernel/btf/vmlinux': '\0socket\0' }, 'mptcpify-kernel', /Linux 6\.6/],
+    ['no libbpf', { '/etc/ld.so.cache': 'libc.so.6' }, 'libbpf', /apt-get install libbpf1/],
+    [
+      'no control groups',
+      { '/proc/self/mountinfo': '31 23 0:27 / /sys/fs/bpf rw - bpf bpf rw' },
+      'cgroups',
+      /mount -t cgroup2/,
+    ],
+    [
+      'a container that sees its own only',
+      { '/.dockerenv': 'x' },
+      'cgroups',
+      /-v \/sys\/fs\/cgroup:\/sys\/fs\/cgroup:ro/,
+    ],
+    ['no capabilities', { '/proc/self/status': 'CapEff:\t0000000000001000\n' }, 'mptcpify', /sudo detour load/],
+  ])('says of %s what helps', async (_, files, name, fix) => {
+    const found = sick(await look(files));
+    expect(found.map((check) => [check.name, check.state])).toEqual([[name, 'fail']]);
+    expect(found[0]?.fix.join()).toMatch(fix);
+  });
+
+  it('sees the whole tree through a mount of the host’s', async () => {
+    const mounts = MOUNTS.replace('0:26 / /sys', '0:26 /../.. /sys');
+    expect(sick(await look({ '/.dockerenv': 'x', '/proc/self/mountinfo': mounts }))).toEqual([]);
+  });
+
+  it('is content with what `detour load` attached', async () => {
+    const files = { '/proc/self/status': 'CapEff:\t0000000000001000\n', '/sys/fs/bpf/detour/mptcpify': 'pin' };
+    expect(sick(await look(files))).toEqual([]);
+  });
+
+  it('wants a place for what `detour load` attaches', async () => {
+    const files = { '/proc/self/status': 'CapEff:\t0000000000001000\n', '/proc/self/mountinfo': '' };
+    const found = sick(await look(files, 'all', true));
+    expect(found.map(({ name }) => name)).toEqual(['mptcpify', 'bpffs']);
+    expect(found[0]?.fix.join()).toMatch(/capabilities\.add: \[BPF, PERFMON\]/);
+  });
+
+  it('names what is left attached although it is off', async () => {
+    const check = await only({ files: { '/sys/fs/bpf/detour/mptcpify': 'pin' } });
+    expect(check).toMatchObject({ name: 'mptcpify', state: 'warn', fix: ['detour unload'] });
+  });
+});
+
+describe("the server's side alone", () => {
+  const server = loadClientHostSettings({ ...sources, env: { DETOUR_ROLE: 'server' } }).settings;
+
+  it('leaves the path manager to the kernel', async () => {
+    expect(sick(await diagnose({ writable: [] }, { client: server }))).toEqual([]);
+  });
+
+  it.each([
+    ['pm_type', '1', /net\.mptcp\.pm_type=0/],
+    ['path_manager', 'userspace', /net\.mptcp\.path_manager=kernel/],
+  ])('says that joins are refused with %s=%s', async (name, value, fix) => {
+    const check = await only({ files: { [`/proc/sys/net/mptcp/${name}`]: value } }, { client: server });
+    expect(check).toMatchObject({ name: 'path-manager', state: 'fail' });
+    expect(check.fix.join()).toMatch(fix);
+  });
+});

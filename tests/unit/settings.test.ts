@@ -71,7 +71,7 @@ describe('defaults of the contract', () => {
 
   it('makes a client of a key and a detour', () => {
     const { settings } = client();
-    expect(settings.key.id).toBe(0x1a2b3c4d);
+    expect(settings.key?.id).toBe(0x1a2b3c4d);
     expect({ ...settings, key: null }).toEqual({
       key: null,
       detours: [{ kind: 'static', name: 'a', host: '192.0.2.1', port: 45672 }],
@@ -84,6 +84,8 @@ describe('defaults of the contract', () => {
       minAgeMs: null,
       rescue: false,
       providers: ['host'],
+      sides: ['client'],
+      mptcpify: 'off',
       sysctlRoot: '/proc/sys',
       http: { address: { family: 4, value: 0x7f000001n }, port: 9468 },
       socket: '/run/detour/client.sock',
@@ -304,8 +306,10 @@ describe('one rule, one line', () => {
     ['DETOUR_INTERFACES_EXCLUDE', 'eth0:1', /no interface can have/],
     ['DETOUR_PROVIDERS', 'host,podman', /must be one of host, docker, kubernetes/],
     ['DETOUR_PROVIDERS', 'docker,docker', /one of them twice/],
-    ['DETOUR_MPTCPIFY', 'on', /not available in this version/],
-    ['DETOUR_ROLE', 'server', /not available in this version/],
+    ['DETOUR_MPTCPIFY', 'on', /must be one of off, all, labelled/],
+    ['DETOUR_ROLE', 'servers', /must be one of client, server/],
+    ['DETOUR_ROLE', 'client,client', /one of them twice/],
+    ['DETOUR_ROLE', ' ', /names no role/],
     ['DETOUR_ANNOUNCE', 'on', /not available in this version/],
   ])('client: %s=%s', (name, value, rule) => {
     const found = lines(() => client({ [name]: value }));
@@ -323,6 +327,47 @@ describe('one rule, one line', () => {
   it('refuses a destination that is both allowed and denied', () => {
     const found = lines(() => router({ DETOUR_ALLOW: '10.0.0.0/8:443', DETOUR_DENY: '10.0.0.0/8:443' }));
     expect(found).toEqual([expect.stringMatching(/^DETOUR_ALLOW: has 10\.0\.0\.0\/8:443-443, and so has DETOUR_DENY/)]);
+  });
+});
+
+describe("the server's side", () => {
+  it('needs no key and no detours, and uses none', () => {
+    const { settings } = loadClientSettings(sources({ DETOUR_ROLE: 'server' }));
+    expect(settings).toMatchObject({ sides: ['server'], key: null, detours: [] });
+    expect(client({ DETOUR_ROLE: 'server' }).settings).toMatchObject({ key: null, detours: [] });
+  });
+
+  it("beside the client's needs what that needs", () => {
+    expect(client({ DETOUR_ROLE: 'client,server' }).settings).toMatchObject({ sides: ['client', 'server'] });
+    const found = lines(() => loadClientSettings(sources({ DETOUR_ROLE: 'Server,Client' })));
+    expect(found).toEqual([
+      expect.stringMatching(/^DETOUR_KEY: is required/),
+      expect.stringMatching(/^DETOUR_DETOURS: /),
+    ]);
+  });
+
+  it('is checked like everything else', () => {
+    const found = lines(() => loadClientSettings(sources({ DETOUR_ROLE: 'sever', DETOUR_KEY: 'x' })));
+    expect(found.map((line) => line.split(/[=:]/)[0])).toEqual(['DETOUR_KEY', 'DETOUR_DETOURS', 'DETOUR_ROLE']);
+  });
+});
+
+describe('DETOUR_MPTCPIFY', () => {
+  it.each([
+    ['off', 'off'],
+    ['no', 'off'],
+    ['All', 'all'],
+    ['labelled', 'labelled'],
+  ])('%s is %s', (text, mode) => {
+    expect(client({ DETOUR_MPTCPIFY: text }).settings.mptcpify).toBe(mode);
+    expect(loadClientHostSettings(sources({ DETOUR_MPTCPIFY: text })).settings.mptcpify).toBe(mode);
+  });
+
+  it('warns when labels decide and nobody has any', () => {
+    const warned = expect.arrayContaining([expect.stringMatching(/^DETOUR_MPTCPIFY=labelled/)]);
+    expect(client({ DETOUR_MPTCPIFY: 'labelled' }).warnings).toEqual(warned);
+    expect(client({ DETOUR_MPTCPIFY: 'labelled', DETOUR_PROVIDERS: 'host,docker' }).warnings).not.toEqual(warned);
+    expect(client({ DETOUR_MPTCPIFY: 'all' }).warnings).not.toEqual(warned);
   });
 });
 
