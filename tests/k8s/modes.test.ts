@@ -26,7 +26,11 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
 
   beforeAll(async () => {
     world = scope.use(await ClusterWorld.create('modes'));
+    const [one] = world.nodes;
     await world.startRouter();
+    await world.cluster.apply(podManifest('on-node', one, {}, { hostNetwork: true }));
+    await world.cluster.apply(podManifest('other', one, ENABLED));
+    await world.cluster.kubectl(['wait', 'pod', '--all', '--for=condition=Ready', '--timeout=60s']);
     await world.cluster.apply(await world.invitation());
   });
   afterAll(() => scope.disposeAsync());
@@ -41,9 +45,6 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
     let before: Record<string, string>[];
     beforeAll(async () => {
       const [one, two] = world.nodes;
-      await world.cluster.apply(podManifest('on-node', one, {}, { hostNetwork: true }));
-      await world.cluster.apply(podManifest('other', one, ENABLED));
-      await world.cluster.kubectl(['wait', 'pod', '--all', '--for=condition=Ready', '--timeout=60s']);
       before = [await state(one.host), await state(two.host)];
       await world.apply('detour-client-host.yaml');
       await world.rolledOut();
@@ -98,13 +99,43 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
     });
   });
 
+  describe('one agent for nodes and pods', () => {
+    it('serves both at once', async () => {
+      const [one] = world.nodes;
+      await world.cluster.apply(await world.invitation());
+      await world.apply('detour-client.yaml');
+      await world.cluster.kubectl([
+        '-n',
+        NAMESPACE,
+        'set',
+        'env',
+        'daemonset/detour-client',
+        'DETOUR_PROVIDERS=host,kubernetes',
+      ]);
+      await world.rolledOut();
+      await world.served(one, 'default/other');
+      for (const pod of ['on-node', 'other']) {
+        const { paths } = await world.transfer(pod, SOME);
+        expect(paths.find(({ remote }) => remote === DETOUR)?.bytes).toBeGreaterThan(0);
+      }
+      await deleteAgents();
+      for (const { host } of world.nodes) expect(await host.sysctl('net.mptcp.path_manager')).toBe('kernel');
+    });
+  });
+
   describe('the agent of the overlay server', () => {
     const limit = (): Promise<string> => world.inside('shop', 'ip', 'mptcp', 'limits');
 
     it('lets a pod accept more subflows, without key and settings, and puts the limit back', async () => {
       const [one] = world.nodes;
-      await world.cluster.kubectl(['-n', NAMESPACE, 'delete', 'configmap', 'detour-client']);
-      await world.cluster.kubectl(['-n', NAMESPACE, 'delete', 'secret', 'detour-client']);
+      await world.cluster.kubectl([
+        '-n',
+        NAMESPACE,
+        'delete',
+        '--ignore-not-found',
+        'configmap/detour-client',
+        'secret/detour-client',
+      ]);
       await world.cluster.apply(podManifest('shop', one, ENABLED));
       await world.cluster.kubectl(['wait', 'pod', 'shop', '--for=condition=Ready', '--timeout=60s']);
       const before = await limit();
@@ -188,15 +219,17 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
       const [, two] = world.nodes;
       const router = (await world.pods('detour-router'))[two.name];
       const transfer = world.transfer('guest', 4 * SOME);
-      await world.cluster.waitFor('a path through it', async () => {
-        const { connections } = await world.status(world.nodes[0]);
-        return connections.some(({ paths }) =>
-          paths.some(({ kind, deliveredBytes }) => kind === 'nat' && deliveredBytes > 0),
-        );
+      await world.whileSlow(async () => {
+        await world.cluster.waitFor('a path through it', async () => {
+          const { connections } = await world.status(world.nodes[0]);
+          return connections.some(({ paths }) =>
+            paths.some(({ kind, deliveredBytes }) => kind === 'nat' && deliveredBytes > 0),
+          );
+        });
+        await world.cluster.kubectl(['-n', NAMESPACE, 'rollout', 'restart', 'daemonset/detour-router']);
+        await world.rolledOut('detour-router');
+        expect((await world.pods('detour-router'))[two.name]?.metadata.uid).not.toBe(router?.metadata.uid);
       });
-      await world.cluster.kubectl(['-n', NAMESPACE, 'rollout', 'restart', 'daemonset/detour-router']);
-      await world.rolledOut('detour-router');
-      expect((await world.pods('detour-router'))[two.name]?.metadata.uid).not.toBe(router?.metadata.uid);
       const result = await transfer;
       expect(result).toMatchObject({ mptcp: true, sha256: expectedSha256('detour', 4 * SOME) });
       expect(result.paths.find(({ remote }) => remote === router?.status.podIP)?.bytes).toBeGreaterThan(SOME);

@@ -11,7 +11,7 @@
  */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { type Host, Lab, type Running } from '../lab/netns.ts';
+import { type Host, Lab, type Link, type Running } from '../lab/netns.ts';
 import { startServer, type TransferResult } from '../lab/traffic.ts';
 import { makeKey } from '../netns/world.ts';
 import { Cluster } from './cluster.ts';
@@ -27,8 +27,10 @@ export const NAMESPACE = 'detour-system';
 export const SERVER = '10.81.0.2';
 export const DETOUR = '10.82.0.2';
 
-/** Of each of the ways to the server, Mbit/s: a transfer takes long enough for something to happen in it. */
+/** Of each of the ways to the server, Mbit/s; */
 const RATE_MBIT = 20;
+/** and while something is to happen in the middle of a transfer, however long it takes. */
+const SLOW_MBIT = 1;
 /** Node by node; on a busy machine a kubelet has been seen to take a minute to bring a pod. */
 const ROLLOUT_DEADLINE_MS = 200_000;
 
@@ -98,18 +100,22 @@ export class ClusterWorld implements AsyncDisposable {
   readonly detour: Host;
   readonly nodes: readonly [ClusterNode, ClusterNode];
   readonly key = makeKey('0a0b0c0d');
+  /** All that lead to the server, on some part of them. */
+  readonly #ways: readonly Link[];
   readonly #scope: AsyncDisposableStack;
 
   private constructor(
     cluster: Cluster,
     nodes: readonly [ClusterNode, ClusterNode],
     hosts: { readonly server: Host; readonly detour: Host },
+    ways: readonly Link[],
     scope: AsyncDisposableStack,
   ) {
     this.cluster = cluster;
     this.nodes = nodes;
     this.server = hosts.server;
     this.detour = hosts.detour;
+    this.#ways = ways;
     this.#scope = scope;
   }
 
@@ -126,16 +132,17 @@ export class ClusterWorld implements AsyncDisposable {
         await lab.link(host, gateway, { v4: `10.80.${index + 1}.0/30` });
         await host.route(`default via 10.80.${index + 1}.2`);
       }
-      await lab.link(gateway, server, { v4: '10.81.0.0/30', rateMbit: RATE_MBIT });
+      const rate = { rateMbit: RATE_MBIT };
+      const direct = await lab.link(gateway, server, { v4: '10.81.0.0/30', ...rate });
       await server.route('default via 10.81.0.1');
-      await lab.link(gateway, detour, { v4: '10.82.0.0/30', rateMbit: RATE_MBIT });
+      const around = await lab.link(gateway, detour, { v4: '10.82.0.0/30', ...rate });
       await lab.link(detour, server, { v4: '10.83.0.0/30' });
-      await lab.link(two.host, server, { v4: '10.84.0.0/30', rateMbit: RATE_MBIT });
+      const second = await lab.link(two.host, server, { v4: '10.84.0.0/30', ...rate });
       await two.host.route('10.81.0.0/30 via 10.84.0.2');
       await detour.route('default via 10.82.0.1');
       await detour.route('10.81.0.0/30 via 10.83.0.2');
       await startServer(server);
-      return new ClusterWorld(cluster, [one, two], { server, detour }, scope);
+      return new ClusterWorld(cluster, [one, two], { server, detour }, [direct, around, second], scope);
     } catch (error) {
       await scope.disposeAsync();
       throw error;
@@ -207,11 +214,36 @@ export class ClusterWorld implements AsyncDisposable {
     return stdout.trim();
   }
 
-  /** A transfer from the server to a pod, by Multipath TCP. */
-  async transfer(pod: string, bytes: number): Promise<TransferResult> {
+  /** A transfer from the server to the main container of a pod, by Multipath TCP. Through the engine: kubectl has a deadline. */
+  transfer(pod: string, bytes: number): Promise<TransferResult> {
     const words = ['transfer', '--to', `${SERVER}:5000`, '--direction', 'down', '--bytes', `${bytes}`];
-    const printed = await this.inside(pod, 'mptcpize', 'run', 'node', '/lab/traffic.ts', ...words);
-    return JSON.parse(printed.split('\n').at(-1) ?? '');
+    const done = (async (): Promise<TransferResult> => {
+      const { spec } = await this.cluster.get<Pod>(`/api/v1/namespaces/default/pods/${pod}`);
+      const node = this.nodes.find(({ name }) => name === spec.nodeName);
+      const [container] =
+        (await node?.engine.labelled({
+          'io.kubernetes.pod.namespace': 'default',
+          'io.kubernetes.pod.name': pod,
+          'io.kubernetes.container.name': 'main',
+        })) ?? [];
+      if (container === undefined) throw new Error(`pod ${pod} does not run`);
+      const { code, stdout, stderr } = await container.exec('mptcpize', 'run', 'node', '/lab/traffic.ts', ...words);
+      if (code !== 0) throw new Error(`a transfer in ${pod} ended with ${code}: ${stderr}`);
+      return JSON.parse(stdout.trim().split('\n').at(-1) ?? '');
+    })();
+    // A test that fails meanwhile does not wait for it.
+    done.catch(() => undefined);
+    return done;
+  }
+
+  /** Does something while all ways to the server are slow: a transfer that is under way does not end before it is done. */
+  async whileSlow(task: () => Promise<void>): Promise<void> {
+    await Promise.all(this.#ways.map((way) => way.rate(SLOW_MBIT)));
+    try {
+      await task();
+    } finally {
+      await Promise.all(this.#ways.map((way) => way.rate(RATE_MBIT)));
+    }
   }
 
   /** Waits until every pod of a DaemonSet is the newest one, and ready. */
