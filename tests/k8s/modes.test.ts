@@ -123,6 +123,33 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('in a cluster', () 
     });
   });
 
+  describe('the agent of the overlay server', () => {
+    const limit = (): Promise<string> => world.inside('shop', 'ip', 'mptcp', 'limits');
+
+    it('lets a pod accept more subflows, without key and settings, and puts the limit back', async () => {
+      const [one] = world.nodes;
+      await world.cluster.kubectl([
+        '-n',
+        NAMESPACE,
+        'delete',
+        '--ignore-not-found',
+        'configmap/detour-client',
+        'secret/detour-client',
+      ]);
+      await world.cluster.apply(podManifest('shop', one, ENABLED));
+      await world.cluster.kubectl(['wait', 'pod', 'shop', '--for=condition=Ready', '--timeout=60s']);
+      const before = await limit();
+      await world.apply('detour-server.yaml');
+      await world.rolledOut();
+      await world.workload(one, 'default/shop', 'served', (workload) => workload?.state === 'served');
+      expect(await limit()).toMatch(/subflows 8\b/);
+      expect(await world.inside('shop', 'cat', '/proc/sys/net/mptcp/path_manager')).toBe('kernel');
+      expect(await world.inside(await world.agentOf(one), 'detour', 'doctor')).toContain(' 0 to look at, 0 failed');
+      await deleteAgents();
+      expect(await limit()).toBe(before);
+    });
+  });
+
   describe('the overlay monitoring', () => {
     it('is read, and probed, at the addresses of the nodes', async () => {
       await world.cluster.apply(await world.invitation());

@@ -37,6 +37,28 @@ describe('the overlays', () => {
   });
 });
 
+it('with mptcpify names the setting, and sees the control groups of pods without changing them', async () => {
+  const folder = mkdtempSync(join(tmpdir(), 'detour-overlay-'));
+  try {
+    symlinkSync(files, join(folder, 'k8s'));
+    mkdirSync(join(folder, 'own'));
+    const [kind, resources] = [
+      'apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization',
+      '../k8s/overlays/pods',
+    ];
+    const text = `${kind}\nresources: [${resources}]\ncomponents: [../k8s/components/mptcpify]\n`;
+    writeFileSync(join(folder, 'own/kustomization.yaml'), text);
+    const agent = readManifests(await kustomize(join(folder, 'own'))).find(({ kind }) => kind === 'DaemonSet');
+    if (!agent) throw new Error('there is no DaemonSet');
+    expect(complaintsAbout(agent)).toEqual([]);
+    const shown = JSON.stringify(agent);
+    expect(shown).toContain('{"name":"DETOUR_MPTCPIFY","value":"labelled"}');
+    expect(shown).toContain('{"mountPath":"/sys/fs/cgroup","name":"cgroup","readOnly":true}');
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+});
+
 it("an overlay of one's own, as docs/kubernetes.md has it, sets image, priority and settings", async () => {
   const folder = mkdtempSync(join(tmpdir(), 'detour-overlay-'));
   try {
