@@ -44,6 +44,8 @@ export type RouterSettings = CommonSettings & {
   readonly onExit: 'keep' | 'cleanup';
   /** Null while it offers no tunnels. */
   readonly vpn: VpnSettings | null;
+  /** Whether joins may bring their server's address with them. */
+  readonly inband: boolean;
 };
 
 /** What a router says of its tunnels. At least one family is carried. */
@@ -515,6 +517,7 @@ export function loadRouterSettings(sources: Sources, options: Partial<Options> =
     legacyV1: get(TABLE.legacyV1),
     onExit: get(TABLE.onExit),
     vpn: get(TABLE.vpn) ? { port: get(TABLE.vpnPort), ...get(TABLE.vpnNetwork) } : null,
+    inband: get(TABLE.inband),
   };
   return freeze({ settings, shown, warnings });
 }

@@ -558,10 +558,11 @@ export const TABLE = {
     name: 'DETOUR_INBAND',
     roles: ['router'],
     default: 'off',
-    unavailable: true,
-    doc: 'Accept in-band transit. Not available in this version.',
-    example: 'off',
-    parse: offYet,
+    doc:
+      'Accept in-band transit: joins over IPv4 that bring the address of their server with them, in a TCP option, to a port of `DETOUR_PORTS` of the ' +
+      "client's own. No lease and no state for each server; see docs/inband.md.",
+    example: 'on',
+    parse: flag,
   }),
   vpn: variable({
     name: 'DETOUR_VPN',

@@ -47,6 +47,9 @@ export class NetlinkError extends Error {
 /** A message that answers no request: type and payload. */
 export type Notification = { readonly type: number; readonly payload: Buffer };
 
+/** `flags` besides those of every request. */
+export type BatchMessage = { readonly type: number; readonly flags?: number; readonly payload: Buffer };
+
 export type NetlinkSocket = {
   /**
    * Sends one request and resolves with the payloads of its answers once the kernel acknowledged it. The kernel has
@@ -61,6 +64,12 @@ export type NetlinkSocket = {
    * be missing, or have come twice.
    */
   dump(what: string, type: number, payload: Buffer, each: (record: Buffer) => void): Promise<void>;
+  /**
+   * Sends several messages as one, and resolves when the kernel acknowledged the last but one: nf_tables takes transactions so, between a
+   * message that begins and one that ends them, and says of every message what is wrong with it.
+   * @throws NetlinkError with the code of the first that the kernel refused.
+   */
+  batch(what: string, messages: readonly BatchMessage[]): Promise<void>;
   /** Joins a multicast group. @throws NetlinkError */
   join(group: number): void;
   close(): void;
@@ -309,7 +318,8 @@ export function openNetlink(protocol: number, options: NetlinkOptions = {}): Net
   socket.on('error', (error) => lose(error.code ?? 'EIO'));
   socket.on('truncatedMessage', () => lose('EMSGSIZE'));
 
-  function send(what: string, type: number, flags: number, payload: Buffer, each: Waiting['each']): Promise<void> {
+  /** All of them under one sequence number: what is said of any settles the request. */
+  function send(what: string, messages: readonly BatchMessage[], each: Waiting['each']): Promise<void> {
     return new Promise((resolve, reject) => {
       if (closed) {
         reject(new NetlinkError(what, 'EBADF'));
@@ -321,13 +331,16 @@ export function openNetlink(protocol: number, options: NetlinkOptions = {}): Net
       if (waiting.size === 0) socket.ref();
       waiting.set(seq, { what, each, resolve, reject, since: performance.now(), interrupted: false });
       expire ??= setTimeout(expireAnswers, ANSWER_MS).unref();
-      const message = Buffer.alloc(HEADER_BYTES + payload.length);
-      message.writeUInt32LE(message.length, 0);
-      message.writeUInt16LE(type, 4);
-      message.writeUInt16LE(flags | FLAG_REQUEST, 6);
-      message.writeUInt32LE(seq, 8);
-      payload.copy(message, HEADER_BYTES);
-      socket.send(message, {}, (error) => {
+      const framed = messages.map(({ type, flags = 0, payload }) => {
+        const message = Buffer.alloc(HEADER_BYTES + align(payload.length));
+        message.writeUInt32LE(HEADER_BYTES + payload.length, 0);
+        message.writeUInt16LE(type, 4);
+        message.writeUInt16LE(flags | FLAG_REQUEST, 6);
+        message.writeUInt32LE(seq, 8);
+        payload.copy(message, HEADER_BYTES);
+        return message;
+      });
+      socket.send(Buffer.concat(framed), {}, (error) => {
         if (error) settle(seq, error.code);
       });
     });
@@ -336,10 +349,18 @@ export function openNetlink(protocol: number, options: NetlinkOptions = {}): Net
   return {
     async request(what, type, payload, flags = 0) {
       const records: Buffer[] = [];
-      await send(what, type, FLAG_ACK | flags, payload, (record) => records.push(record));
+      await send(what, [{ type, flags: FLAG_ACK | flags, payload }], (record) => records.push(record));
       return records;
     },
-    dump: (what, type, payload, each) => send(what, type, FLAG_DUMP, payload, each),
+    dump: (what, type, payload, each) => send(what, [{ type, flags: FLAG_DUMP, payload }], each),
+    batch: (what, messages) =>
+      send(
+        what,
+        messages.map((message, index) =>
+          index === messages.length - 2 ? { ...message, flags: (message.flags ?? 0) | FLAG_ACK } : message,
+        ),
+        () => undefined,
+      ),
     join(group) {
       opening(`joining multicast group ${group}`, () => socket.addMembership(group));
     },

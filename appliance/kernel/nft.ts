@@ -4,6 +4,7 @@ import pLimit from 'p-limit';
 import { type MapElement, openElements, readMap } from './elements.ts';
 import { type Namespace, ownNamespace } from './namespaces.ts';
 import { NetlinkError } from './netlink.ts';
+import { type OptionTarget, translateToOption } from './rules.ts';
 
 /**
  * Why a run of nft did not do what it was told. `missing` no such program; `denied` no CAP_NET_ADMIN; `absent` and
@@ -35,6 +36,8 @@ export type Nft = {
    * again when something changes meanwhile.
    */
   dump(table: string, map: string, each: (element: MapElement) => void): Promise<NftFailure | null>;
+  /** Makes the only rule of a chain of table `inet <table>` one that translates to the address and port in a TCP option (`rules.ts`). */
+  translateToOption(table: string, chain: string, target: OptionTarget): Promise<NftFailure | null>;
 };
 
 /** Longest a run may take. 60,000 elements in one transaction take 0.6 s (docs/kernel-notes.md). */
@@ -256,5 +259,12 @@ export function systemNft({
           return netlinkFailure(error);
         }
       }),
+    translateToOption: (table, chain, target) =>
+      serialised(() =>
+        translateToOption(table, chain, target, namespace).then(
+          () => null,
+          (error: unknown) => netlinkFailure(error),
+        ),
+      ),
   };
 }

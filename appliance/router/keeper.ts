@@ -7,10 +7,17 @@ import type { Log, LogFields } from '../log.ts';
 import { type Address, formatAddress, formatEndpoint, sameAddress } from '../protocol/address.ts';
 import { defaultRetryAfter, RESULT, type Result } from '../protocol/control.ts';
 import type { RouterSettings } from '../settings.ts';
+import { Capabilities, type Capability, type CapabilityAsk } from './capabilities.ts';
 import { type Ask, GRACE, type Lease, Leases, type Owner, type Subject, type Write } from './leases.ts';
 import type { Notices } from './notices.ts';
 import type { Rules } from './policy.ts';
-import type { Element, RulesetConfig, TunnelElement } from './ruleset.ts';
+import {
+  type Element,
+  type RulesetConfig,
+  renderCapabilities,
+  renderCapabilityRemoval,
+  type TunnelElement,
+} from './ruleset.ts';
 import { Table } from './table.ts';
 
 /** The interface of the tunnels. There is one router in a network namespace. */
@@ -41,11 +48,20 @@ export type Facts = {
 };
 
 /** A request that waits for the kernel. */
-export type Job = {
-  readonly kind: 'lease' | 'release';
-  readonly ask: Ask;
-  readonly answer: (result: Result, lifetime: number, port: number) => void;
-};
+export type Job =
+  | {
+      readonly kind: 'lease' | 'release';
+      readonly ask: Ask;
+      readonly answer: (result: Result, lifetime: number, port: number) => void;
+    }
+  | {
+      readonly kind: 'capability';
+      readonly ask: CapabilityAsk;
+      /** `port` is 0 when there is none to be had. */
+      readonly answer: (port: number) => void;
+    };
+type LeaseJob = Extract<Job, { readonly kind: 'lease' | 'release' }>;
+type CapabilityJob = Extract<Job, { readonly kind: 'capability' }>;
 
 const QUEUE_LENGTH = 4_096;
 const BATCH = 512;
@@ -75,6 +91,8 @@ export class Keeper {
   onRestored: () => void = () => undefined;
   readonly #table: Table;
   readonly #leases: Leases;
+  /** Null while joins may not name their servers. */
+  readonly #capabilities: Capabilities | null;
   readonly #facts = new Map<string, string>();
   readonly #timers = new Set<Cancel>();
   readonly #queue: Job[] = [];
@@ -109,7 +127,13 @@ export class Keeper {
     this.#ports = ports;
     this.#notices = notices;
     this.#table = new Table(ports.nft);
-    this.#leases = new Leases({ ports: settings.ports, longest: Math.floor(settings.leaseTime / 1000) });
+    const capabilities = settings.inband ? new Capabilities(settings.ports, GRACE) : null;
+    this.#capabilities = capabilities;
+    this.#leases = new Leases({
+      ports: settings.ports,
+      longest: Math.floor(settings.leaseTime / 1000),
+      isReserved: (client, port) => capabilities?.holds(client, port) ?? false,
+    });
     this.#rules = { allow: settings.allow, deny: settings.deny, own: [] };
   }
 
@@ -170,6 +194,11 @@ export class Keeper {
   /** Leases in the kernel now. */
   get leases(): { readonly count: number; readonly live: Iterable<Lease> } {
     return { count: this.#leases.size, live: this.#leases.live() };
+  }
+
+  /** Those whose joins may name their servers; null when nobody's may. */
+  get capabilities(): readonly Capability[] | null {
+    return this.#capabilities?.all() ?? null;
   }
 
   /** What keeps leases from being granted, for people. */
@@ -312,9 +341,14 @@ export class Keeper {
   /** Requests that came while a transaction ran share the next one. */
   async #batch(jobs: readonly Job[]): Promise<void> {
     const now = this.#ports.clock.now();
-    const planned: { job: Job; write: Write }[] = [];
+    const planned: { job: LeaseJob; write: Write }[] = [];
     const postponed: Job[] = [];
+    const capabilities: CapabilityJob[] = [];
     for (const job of jobs) {
+      if (job.kind === 'capability') {
+        capabilities.push(job);
+        continue;
+      }
       const { ask } = job;
       const refuseNew = this.#conntrackFull || this.#blocked(ask.client) !== null;
       const plan =
@@ -328,12 +362,41 @@ export class Keeper {
     }
     // A transaction that deletes waits for all readers in the kernel, some 10 ms: who is granted something need not.
     await this.#carryOut(planned.filter(({ write }) => write.kind !== 'remove'));
+    await this.#authorise(capabilities);
     await this.#carryOut(planned.filter(({ write }) => write.kind === 'remove'));
     this.#queue.unshift(...postponed);
   }
 
+  /** One transaction for all who ask for a capability, and the answers to them. */
+  async #authorise(jobs: readonly CapabilityJob[]): Promise<void> {
+    const table = this.#capabilities;
+    if (jobs.length === 0) return;
+    const now = this.#ports.clock.now();
+    const writes = jobs.map(({ ask }) => {
+      const known = this.#blocked(ask.client) === null && !this.#conntrackFull ? table : null;
+      const taken = (port: number): boolean => this.#leases.isTaken(ask.client, port, now);
+      const write = known?.plan(ask, now, () => this.#draw(), taken) ?? null;
+      // At once, so that the next one of this batch gets another port. What the kernel then refuses is nobody's for a while.
+      if (write) table?.committed(write);
+      return write;
+    });
+    const planned = writes.filter((write) => write !== null);
+    const run = (): Promise<NftFailure | null> =>
+      this.#table.authorise(
+        planned.map(({ capability }) => capability),
+        planned.flatMap(({ instead }) => instead ?? []),
+      );
+    let failure = planned.length === 0 ? null : await run();
+    if (failure?.kind === 'absent') {
+      await this.#restore('absent');
+      failure = await run();
+    }
+    if (failure) this.#blame(failure);
+    for (const [index, job] of jobs.entries()) job.answer(failure ? 0 : (writes[index]?.capability.port ?? 0));
+  }
+
   /** One transaction, and the answers to it. */
-  async #carryOut(planned: readonly { readonly job: Job; readonly write: Write }[]): Promise<void> {
+  async #carryOut(planned: readonly { readonly job: LeaseJob; readonly write: Write }[]): Promise<void> {
     const { clock, log } = this.#ports;
     const outcomes = await this.#commit(planned.map(({ write }) => write));
     const after = clock.now();
@@ -434,6 +497,7 @@ export class Keeper {
     for (const lease of this.#leases.sweep(this.#ports.clock.now())) {
       this.#ports.log.info('lease-expired', this.#audit(lease), 'not renewed');
     }
+    this.#capabilities?.sweep(this.#ports.clock.now());
     await this.#measureConntrack();
     this.#notices.flush();
     const own = this.#ports.addresses.local();
@@ -523,9 +587,23 @@ export class Keeper {
       return;
     }
     const restored = await this.#compare();
+    await this.#putCapabilities();
     this.#notices.count('rules_restored');
     this.#ports.log.warn('rules-restored', { found: what, leases: restored }, 'somebody changed our rules; restored');
     this.onRestored();
+  }
+
+  /** Makes the kernel's capabilities ours, and no others. */
+  async #putCapabilities(): Promise<NftFailure | null> {
+    if (!this.#capabilities) return null;
+    const now = this.#ports.clock.now();
+    const left = this.#capabilities.all().map((capability) => ({
+      capability,
+      lifetime: Math.floor((capability.expires - now) / 1000),
+    }));
+    const failure = await this.#table.change(renderCapabilities(left.filter(({ lifetime }) => lifetime > 0)));
+    if (failure) this.#blame(failure);
+    return failure;
   }
 
   /** Removes what the kernel has and we do not, and puts there what it lacks. Answers with how many it lacked. */
@@ -560,6 +638,7 @@ export class Keeper {
       rules: this.#rules,
       timeouts: this.#timeouts,
       vpn: this.#settings.vpn && TUNNEL_INTERFACE,
+      inband: this.#settings.inband,
     };
     const outcome = await this.#table.install(config);
     if ('kind' in outcome) return outcome;
@@ -587,7 +666,20 @@ export class Keeper {
     if (failure) return failure;
     await this.#table.discard(refused);
     for (const owner of strangers) await this.#revoke(owner);
-    return null;
+    return this.#capabilities && this.#adoptCapabilities(this.#capabilities);
+  }
+
+  /** A client's session outlives this daemon, and so does its port: its joins go on. */
+  async #adoptCapabilities(capabilities: Capabilities): Promise<NftFailure | null> {
+    const found = await this.#table.capabilities();
+    if ('kind' in found) return found;
+    const now = this.#ports.clock.now();
+    for (const element of found) {
+      if (!element || !this.#keyIds.has(element.owner)) continue;
+      if (this.#leases.isTaken(element.client, element.port, now)) continue;
+      capabilities.adopt({ ...element, expires: now + Math.max(0, element.remaining - GRACE) * 1000 });
+    }
+    return this.#putCapabilities();
   }
 
   async #revoke(owner: Owner): Promise<void> {
@@ -604,6 +696,12 @@ export class Keeper {
       }
       this.#leases.committed(write, clock.now());
       cut += await conntrack.cut(write.lease.client, write.lease.port, this.#settings.fwmark);
+    }
+    const capabilities = owner === 'v1' ? [] : (this.#capabilities?.revoke(owner) ?? []);
+    if (capabilities.length > 0) {
+      const failure = await this.#table.change(capabilities.map(renderCapabilityRemoval).join(''));
+      if (failure) this.#blame(failure);
+      for (const { client, port } of capabilities) cut += await conntrack.cut(client, port, this.#settings.fwmark);
     }
     log.info('key-revoked', { key: hexKey(owner), leases: writes.length, flows: cut }, 'its leases and flows are gone');
   }

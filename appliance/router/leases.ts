@@ -43,6 +43,8 @@ export type LeaseLimits = {
   readonly ports: PortRange;
   /** Longest lifetime granted, seconds. */
   readonly longest: number;
+  /** Whether a client's port serves something else. */
+  readonly isReserved?: (client: Address, port: number) => boolean;
 };
 
 export const SHORTEST_LIFETIME = 60;
@@ -314,6 +316,12 @@ export class Leases {
     return row >= 0 && rows.has(row, ROW.LIVE) ? rows.lease(row) : null;
   }
 
+  /** Whether a client's port is a lease's, or was until shortly. */
+  isTaken(client: Address, port: number, now: number): boolean {
+    const freed = this.#freed.get(slotKey(client, port));
+    return this.#rows[client.family].holder(client, port) >= 0 || (freed !== undefined && freed.until > now);
+  }
+
   /**
    * Plans to create or renew a lease. A planned write reserves its port until `committed` or `failed` is called for it.
    * `draw`, from 0 to 1 (excluded), decides where the search for a free port starts. With `refuseNew`, only what is
@@ -491,6 +499,7 @@ export class Leases {
   }
 
   #mayTake(ask: Subject, port: number, now: number): boolean {
+    if (this.#limits.isReserved?.(ask.client, port)) return false;
     const rows = this.#rows[ask.client.family];
     const held = rows.holder(ask.client, port);
     if (held >= 0) {

@@ -149,6 +149,16 @@ function metricsOf(router: Router): Registry {
       },
     });
   }
+  if (router.capabilityCount !== null) {
+    new Gauge({
+      name: 'detour_router_capabilities',
+      help: 'Clients whose joins may name their servers now.',
+      registers,
+      collect() {
+        this.set(router.capabilityCount ?? 0);
+      },
+    });
+  }
   new Counter({
     name: 'detour_router_datagrams_total',
     help: 'Control datagrams and internal events by what became of them.',

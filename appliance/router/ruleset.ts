@@ -12,6 +12,7 @@ import {
 } from '../protocol/address.ts';
 import { MESSAGE_BYTES } from '../protocol/control.ts';
 import { LEGACY_BYTES } from '../protocol/legacy.ts';
+import { CAPABILITY_LIFETIME, type Capability, MOST_CAPABILITIES } from './capabilities.ts';
 import { GRACE, MAP_SIZE, type Owner, type Write } from './leases.ts';
 import { DENIED_BY_DEFAULT, DENIED_PORT, NEVER, onLink, type Rules } from './policy.ts';
 import { MOST_TUNNELS, TUNNEL_MTU, type Tunnel } from './tunnels.ts';
@@ -26,13 +27,16 @@ export const TABLE = 'inet detour';
 const MAPS = { 4: 'leases4', 6: 'leases6' } as const;
 /** Addresses inside tunnels that were granted, for as long as they are. */
 const TUNNELS = { 4: 'tunnels4', 6: 'tunnels6' } as const;
+/** Ports to which a client's joins bring their server's address with them. */
+const AUTH = 'auth4';
 /** Facts that a later daemon, or `detour cleanup`, must know: comments of this set's elements. */
 const MEMORY = 'memory';
-const kept = ({ vpn }: RulesetConfig): readonly string[] => [
+const kept = ({ vpn, inband }: RulesetConfig): readonly string[] => [
   MAPS[4],
   MAPS[6],
   MEMORY,
   ...(vpn ? [TUNNELS[4], TUNNELS[6]] : []),
+  ...(inband ? [AUTH] : []),
 ];
 
 /** Datagrams per second from one address (or IPv6 /64) that reach the daemon, and the burst above it. */
@@ -59,6 +63,8 @@ export type RulesetConfig = {
   readonly timeouts: boolean;
   /** The interface of the tunnels; null without any. */
   readonly vpn: string | null;
+  /** Whether joins may bring their server's address with them. */
+  readonly inband: boolean;
 };
 
 /** UDP port inside tunnels that answers "port unreachable": so a client finds out which packets pass (RFC 863, discard). */
@@ -81,6 +87,8 @@ export const COUNTERS = [
   'tunnel_not_relayed',
   'tunnel_stray',
   'tunnelled_syn',
+  'inband_malformed',
+  'inband_syn',
 ] as const;
 
 const hex = (value: number): string => `0x${(value >>> 0).toString(16).padStart(8, '0')}`;
@@ -96,6 +104,17 @@ const NO_SYN = 'tcp flags & syn == 0 accept';
 const SYN_ACK = 'tcp flags & (syn|ack) == (syn|ack)';
 /** Kind 30, subtype 1, RFC 8684 3.2. */
 const JOIN = 'tcp option mptcp subtype 1';
+
+/**
+ * The option of docs/protocol.md, In-band transit: kind 253 (RFC 4727), length 8, an IPv4 address, a port. By offsets, in bits: nft 1.0.6
+ * crashes on `tcp option 253 length`. The kernel looks at the first option of a kind, and at none that its segment is too short for.
+ */
+const INBAND = { KIND: 253, IS_WHOLE: 'tcp option @253,8,8 8', PORT: 'tcp option @253,48,16' };
+/** RFC 8684 3.2: the length of MP_JOIN in a SYN. */
+const JOIN_IS_WHOLE = 'tcp option @30,8,8 12';
+
+/** The chain whose one rule is not in the text of `renderStatic`, and what that translates to (`Nft.translateToOption`). */
+export const TO_OPTION = { chain: 'to_option', target: { kind: INBAND.KIND, address: 2, port: 6 } } as const;
 
 /** What a SYN, and the answer to it, must carry to be relayed. */
 function relayedOption(relay: RulesetConfig['relay']): string {
@@ -246,8 +265,27 @@ function tunnelChains(config: RulesetConfig): Chain[] {
   ];
 }
 
+/** Which joins may bring their server's address with them: those that our client's kernel makes, and no others. */
+function inbandSyn(): Chain {
+  // A SYN with data would carry them past the server's consent. A header of 20 bytes, MP_JOIN and the option are 40 at least, all there may be are 60.
+  const sizes = [10, 11, 12, 13, 14, 15].map((words) => `tcp doff ${words} ip length != ${20 + 4 * words}`);
+  return {
+    name: 'syn_inband',
+    hook: null,
+    rules: [
+      `update @syn4 { ip saddr ${SYN_RATE} } ${drop('syn_rate')}`,
+      ...['ip hdrlength != 5', 'tcp doff < 10', ...sizes].map((match) => `${match} ${drop('inband_malformed')}`),
+      // The kernel reads on behind the end of options; receivers do not.
+      `tcp option eol exists ${drop('inband_malformed')}`,
+      `${INBAND.PORT} 0 ${drop('inband_malformed')}`,
+      `${JOIN} ${JOIN_IS_WHOLE} ${INBAND.IS_WHOLE} accept`,
+      drop('inband_malformed'),
+    ],
+  };
+}
+
 function chains(config: RulesetConfig): Chain[] {
-  const { listen, ports, fwmark, rules, vpn } = config;
+  const { listen, ports, fwmark, rules, vpn, inband } = config;
   const control = listen.port;
   /** A rule about the tunnels' interface, where there is one. */
   const tunnel = (rule: string): string[] => (vpn === null ? [] : [rule.replace('VPN', `"${vpn}"`)]);
@@ -257,6 +295,7 @@ function chains(config: RulesetConfig): Chain[] {
   const toLease = `tcp dport ${ports.first}-${ports.last} ${SYN} fib daddr type local`;
   const option = relayedOption(config.relay);
   const leased = (family: 'ip' | 'ip6', map: string): string => `${family} saddr . tcp dport @${map}`;
+  const authorised = leased('ip', AUTH);
   const legacyLength = UDP_HEADER + LEGACY_BYTES;
   const denied: string[] = [
     `fib daddr type != unicast ${drop('destination_denied')}`,
@@ -276,6 +315,7 @@ function chains(config: RulesetConfig): Chain[] {
   ];
   return [
     ...(vpn === null ? [] : tunnelChains(config)),
+    ...(inband ? [inbandSyn(), { name: TO_OPTION.chain, hook: null, rules: [] }] : []),
     {
       name: 'control',
       hook: null,
@@ -309,6 +349,7 @@ function chains(config: RulesetConfig): Chain[] {
       rules: [
         `${leased('ip', MAPS[4])} goto syn_leased`,
         `${leased('ip6', MAPS[6])} goto syn_leased`,
+        ...(inband ? [`${authorised} goto syn_inband`] : []),
         drop('syn_without_lease'),
       ],
     },
@@ -349,18 +390,27 @@ function chains(config: RulesetConfig): Chain[] {
         NO_SYN,
         `${toLease} ct state new ${leased('ip', MAPS[4])} goto admit`,
         `${toLease} ct state new ${leased('ip6', MAPS[6])} goto admit`,
+        ...(inband ? [`${toLease} ct state new ${authorised} goto admit`] : []),
       ],
     },
     {
       name: 'nat_in',
       hook: 'type nat hook prerouting priority dstnat; policy accept;',
-      rules: (['ip', 'ip6'] as const).map((family) => {
-        const map = family === 'ip' ? MAPS[4] : MAPS[6];
-        return (
-          `${leased(family, map)} ${toLease} ${option} counter name relayed_syn ${setMark(fwmark)} ` +
-          `dnat ${family} to ${family} saddr . tcp dport map @${map}`
-        );
-      }),
+      rules: [
+        ...(['ip', 'ip6'] as const).map((family) => {
+          const map = family === 'ip' ? MAPS[4] : MAPS[6];
+          return (
+            `${leased(family, map)} ${toLease} ${option} counter name relayed_syn ${setMark(fwmark)} ` +
+            `dnat ${family} to ${family} saddr . tcp dport map @${map}`
+          );
+        }),
+        ...(inband
+          ? [
+              `${authorised} ${toLease} ${JOIN} ${INBAND.IS_WHOLE} counter name inband_syn ${setMark(fwmark)} ` +
+                `goto ${TO_OPTION.chain}`,
+            ]
+          : []),
+      ],
     },
     {
       // DNAT to an address of this host ends up here and not in forward, whatever the lists there say.
@@ -373,6 +423,13 @@ function chains(config: RulesetConfig): Chain[] {
       name: 'relayed',
       hook: null,
       rules: [
+        // What it said is done, and the server need not know. One more of its kind would be left over.
+        ...(inband
+          ? [
+              `ct direction original ${SYN} reset tcp option ${INBAND.KIND}`,
+              `ct direction original ${SYN} tcp option ${INBAND.KIND} exists ${drop('inband_malformed')}`,
+            ]
+          : []),
         `ct direction original ${SYN} goto destination`,
         ...(option === ''
           ? []
@@ -425,7 +482,7 @@ export function readNames(lines: readonly string[]): TableNames {
  * set with one field to its key: a set that nft 1.1.3 (our image) declares by `type` makes nft 1.0.6 (Debian 12, maybe the
  * host) crash when it lists anything at all.
  */
-function lasting(vpn = false): string[] {
+function lasting(vpn = false, inband = false): string[] {
   return [
     `add table ${TABLE}`,
     `add map ${TABLE} ${MAPS[4]} { type ipv4_addr . inet_service : ipv4_addr . inet_service; flags timeout; size ${MAP_SIZE}; }`,
@@ -437,6 +494,9 @@ function lasting(vpn = false): string[] {
           `add set ${TABLE} ${TUNNELS[6]} { typeof ip6 saddr; flags timeout; size ${2 * MOST_TUNNELS}; }`,
         ]
       : []),
+    ...(inband
+      ? [`add set ${TABLE} ${AUTH} { type ipv4_addr . inet_service; flags timeout; size ${2 * MOST_CAPABILITIES}; }`]
+      : []),
   ];
 }
 
@@ -447,8 +507,10 @@ function lasting(vpn = false): string[] {
 export function renderStatic(config: RulesetConfig, present: TableNames | null): string {
   const removed: string[] = [];
   if (present) {
-    removed.push(`flush table ${TABLE}`);
-    for (const name of present.chains) removed.push(`delete chain ${TABLE} ${name}`);
+    // What the text cannot say stays as it is, so that it is there at any time.
+    const replaced = present.chains.filter((name) => !config.inband || name !== TO_OPTION.chain);
+    for (const name of replaced) removed.push(`flush chain ${TABLE} ${name}`);
+    for (const name of replaced) removed.push(`delete chain ${TABLE} ${name}`);
     for (const name of present.sets) if (!kept(config).includes(name)) removed.push(`delete set ${TABLE} ${name}`);
   }
   const meter = (name: string, key: string, flags: string): string =>
@@ -477,7 +539,7 @@ export function renderStatic(config: RulesetConfig, present: TableNames | null):
   ];
   const all = chains(config);
   return lines([
-    ...lasting(config.vpn !== null),
+    ...lasting(config.vpn !== null, config.inband),
     ...removed,
     ...added,
     ...all.map(({ name, hook }) => `add chain ${TABLE} ${name}${hook === null ? '' : ` { ${hook} }`}`),
@@ -730,3 +792,47 @@ export function readTunnelElement(family: 4 | 6, { key, remaining, comment: text
   bytes.set(key.subarray(0, ADDRESS_BYTES[family]), family === 4 ? 12 : 0);
   return { owner: Number.parseInt(owner, 16), choice: Number(choice), address: readAddress(bytes), remaining };
 }
+
+/** A capability as the kernel holds it; `remaining` seconds. */
+export type CapabilityElement = Omit<Capability, 'expires'> & { readonly remaining: number };
+
+/** Where capabilities are, as names of table and set. */
+export const CAPABILITY_SET = { table: leaseMap(4).table, map: AUTH };
+
+const capabilityKey = ({ client, port }: Pick<Capability, 'client' | 'port'>): string =>
+  `${TABLE} ${AUTH} { ${formatAddress(client)} . ${port}`;
+
+/** What is removed has to be in the set first, or it could not be. */
+export const renderCapabilityRemoval = (capability: Pick<Capability, 'client' | 'port'>): string =>
+  lines([`add element ${capabilityKey(capability)} timeout 60s }`, `delete element ${capabilityKey(capability)} }`]);
+
+/** The commands that let a client's joins name their server at this port for `lifetime` seconds and a little more, whether they might before or not. */
+export function renderCapability(capability: Capability, refreshes: boolean, lifetime = CAPABILITY_LIFETIME): string {
+  const { owner, session } = capability;
+  const seconds = lifetime + GRACE;
+  const about = `comment "${comment(owner)}s${session.toString(16).padStart(16, '0')}" }`;
+  const key = capabilityKey(capability);
+  return refreshes
+    ? lines([`add element ${key} timeout ${seconds}s expires ${seconds}s ${about}`])
+    : renderCapabilityRemoval(capability) + lines([`add element ${key} timeout ${seconds}s ${about}`]);
+}
+
+/** The capability that an element of the set is; null for what nobody of ours can have put there. */
+export function readCapability({ key, remaining, comment: text }: Found): CapabilityElement | null {
+  const [, owner, session] = /^k([0-9a-f]{8})s([0-9a-f]{16})$/.exec(text ?? '') ?? [];
+  if (key.length !== ADDRESS_BYTES[4] + PORT_BYTES || remaining === null || owner === undefined) return null;
+  return {
+    owner: Number.parseInt(owner, 16),
+    session: BigInt(`0x${session}`),
+    client: new AddressBook().read(4, key),
+    port: portIn(key, ADDRESS_BYTES[4]),
+    remaining,
+  };
+}
+
+/** The transaction after which these may name their servers and nobody else, each for so many seconds and a little more. */
+export const renderCapabilities = (
+  all: readonly { readonly capability: Capability; readonly lifetime: number }[],
+): string =>
+  lines([`flush set ${TABLE} ${AUTH}`]) +
+  all.map(({ capability, lifetime }) => renderCapability(capability, true, lifetime)).join('');

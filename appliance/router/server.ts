@@ -148,6 +148,14 @@ export class Router {
       forwarding: this.#keeper.forwarding,
       leaseCount: count,
       leases,
+      ...(this.#keeper.capabilities && {
+        inband: this.#keeper.capabilities.slice(0, STATUS_LEASES).map(({ owner, client, port, expires }) => ({
+          key: hexKey(owner),
+          client: formatAddress(client),
+          port,
+          expiresInSeconds: Math.max(0, Math.round((expires - now) / 1000)),
+        })),
+      }),
       clients: [...clients].slice(0, STATUS_LEASES).map(([address, held]) => ({ address, leases: held })),
       flowCount: flows?.count ?? null,
       flows: (flows?.first ?? []).map(({ client, port, destination, state }) => ({
@@ -164,6 +172,11 @@ export class Router {
   /** Tunnels granted now; null when it offers none. */
   get tunnelCount(): number | null {
     return this.#gateway?.size ?? null;
+  }
+
+  /** Clients whose joins may name their servers; null when nobody's may. */
+  get capabilityCount(): number | null {
+    return this.#keeper.capabilities?.length ?? null;
   }
 
   /** Leases in the kernel now. */
@@ -243,7 +256,7 @@ export class Router {
         this.#refuse(open, 'UNSUPPORTED');
         return;
       }
-      this.#answer(open, RESULT.OK, COOKIE_LIFETIME, 0);
+      this.#welcome(open, false);
       return;
     }
     const subject = { address: from.address, port: from.port, keyId, session: sessionId };
@@ -271,7 +284,7 @@ export class Router {
     const { request, datagram } = conversation;
     const { type, destination, protocol } = request;
     if (type === TYPE.PING) {
-      this.#answer(conversation, RESULT.OK, COOKIE_LIFETIME, 0);
+      this.#welcome(conversation, true);
       return;
     }
     if (type === TYPE.TUNNEL || request.peer) {
@@ -311,6 +324,25 @@ export class Router {
         // Revoked while it waited: its holder is a stranger now.
         if (this.#keys.get(request.keyId)?.keys === conversation.keys)
           this.#answer(conversation, result, lifetime, port);
+      },
+    });
+  }
+
+  /** OK to HELLO and PING, once the kernel lets the client's joins name their servers. `proven`: it has shown a cookie. */
+  #welcome(conversation: Conversation, proven: boolean): void {
+    const { request, keys, datagram } = conversation;
+    const client = datagram.from.address;
+    const isMasked = this.#keeper.gateways.some((gateway) => sameAddress(gateway, client));
+    if (!this.#settings.inband || client.family !== 4 || isMasked || this.#draining) {
+      this.#answer(conversation, RESULT.OK, COOKIE_LIFETIME, 0);
+      return;
+    }
+    this.#keeper.submit({
+      kind: 'capability',
+      ask: { owner: request.keyId, client, session: request.session, proven },
+      answer: (port) => {
+        if (this.#keys.get(request.keyId)?.keys === keys)
+          this.#answer(conversation, RESULT.OK, COOKIE_LIFETIME, 0, port);
       },
     });
   }
@@ -369,12 +401,12 @@ export class Router {
     this.#answer(conversation, result, defaultRetryAfter(result), 0);
   }
 
-  #answer(conversation: Conversation, result: Result, lifetime: number, port: number): void {
+  #answer(conversation: Conversation, result: Result, lifetime: number, port: number, capabilityPort = 0): void {
     this.#say(conversation, {
       ...this.#headOf(conversation, result, lifetime),
       observed: conversation.datagram.from,
       port,
-      capabilityPort: 0,
+      capabilityPort,
       flags: this.#gateway?.mark ?? 0,
       cookie: this.#cookieFor(conversation),
     });

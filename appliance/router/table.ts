@@ -1,7 +1,10 @@
 import type { Nft, NftFailure } from '../kernel/nft.ts';
+import type { Capability } from './capabilities.ts';
 import type { Lease, Write } from './leases.ts';
 import {
   AddressBook,
+  CAPABILITY_SET,
+  type CapabilityElement,
   chainNames,
   type Element,
   type Foreign,
@@ -15,12 +18,15 @@ import {
   PROBE,
   REMOVE_TABLE,
   type RulesetConfig,
+  readCapability,
   readCounters,
   readElement,
   readFacts,
   readNames,
   readProbe,
   readTunnelElement,
+  renderCapability,
+  renderCapabilityRemoval,
   renderCreation,
   renderForeignRemoval,
   renderMemory,
@@ -28,6 +34,7 @@ import {
   renderStatic,
   renderWrite,
   type TableNames,
+  TO_OPTION,
   type TunnelElement,
   tunnelSet,
 } from './ruleset.ts';
@@ -67,6 +74,10 @@ export class Table {
     if (failure && used.timeouts && failure.kind !== 'unknown' && failure.kind !== 'denied') {
       used = { ...config, timeouts: false };
       failure = await this.#nft.run(renderStatic(used, names));
+    }
+    if (failure === null && used.inband) {
+      const { table } = CAPABILITY_SET;
+      failure = await this.#nft.translateToOption(table, TO_OPTION.chain, TO_OPTION.target);
     }
     if (failure) return failure;
     this.#config = used;
@@ -152,6 +163,20 @@ export class Table {
       if (failure) return failure;
     }
     return found;
+  }
+
+  /** The capabilities that are let through, each at least once. Null stands for one that nobody of ours put there. */
+  async capabilities(): Promise<readonly (CapabilityElement | null)[] | NftFailure> {
+    const found: (CapabilityElement | null)[] = [];
+    const { table, map } = CAPABILITY_SET;
+    const failure = await this.#nft.dump(table, map, (element) => found.push(readCapability(element)));
+    return failure ?? found;
+  }
+
+  /** Lets these clients name their servers, in one transaction; `instead` lose it. */
+  authorise(added: readonly Capability[], instead: readonly Capability[]): Promise<NftFailure | null> {
+    const texts = added.map((capability) => renderCapability(capability, this.#refreshes));
+    return this.#nft.run([...instead.map(renderCapabilityRemoval), ...texts].join(''));
   }
 
   /** Removes elements that are nobody's lease. What has expired meanwhile is no failure. */

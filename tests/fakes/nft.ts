@@ -1,6 +1,7 @@
 import type { Clock } from '../../appliance/kernel/clock.ts';
 import type { MapElement } from '../../appliance/kernel/elements.ts';
 import type { Nft, NftFailure, NftFailureKind } from '../../appliance/kernel/nft.ts';
+import type { OptionTarget } from '../../appliance/kernel/rules.ts';
 import { formatAddress, parseAddress, writeAddress } from '../../appliance/protocol/address.ts';
 
 type Element = { readonly data: string; readonly comment: string; timeout: number; until: number };
@@ -103,6 +104,17 @@ export class FakeNft implements Nft {
       }));
       // What an interrupted dump hands over before it begins again.
       for (const element of [...found.slice(0, this.interrupted), ...found]) each(element);
+      return null;
+    });
+  }
+
+  translateToOption(table: string, chain: string, { kind }: OptionTarget): Promise<NftFailure | null> {
+    return this.#serialised(async () => {
+      const fault = this.fault(`translate ${table} ${chain}`);
+      if (fault) return { kind: fault.kind, message: `fault: ${fault.kind}` };
+      const rules = table === 'detour' ? this.#table?.chains.get(chain)?.rules : undefined;
+      if (!rules) return { kind: 'absent', message: `the rule of chain ${chain}: ENOENT` };
+      rules.splice(0, rules.length, `dnat ip to tcp option @${kind}`);
       return null;
     });
   }
@@ -216,6 +228,11 @@ export class FakeNft implements Nft {
 
   #chainCommand(table: Table, verb: string, name: string, hook: string): NftFailureKind | null {
     const held = table.chains.get(name);
+    if (verb === 'flush') {
+      if (!held) return 'absent';
+      this.#put(table.chains, name, { hook: held.hook, rules: [] });
+      return null;
+    }
     if (verb === 'delete') {
       if (!held) return 'absent';
       // A chain that is jumped to, or has rules, is in use.

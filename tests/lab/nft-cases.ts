@@ -5,6 +5,7 @@ import { type Address, formatAddress, parseAddress, parsePrefix } from '../../ap
 import { type Lease, MAP_SIZE, type Write } from '../../appliance/router/leases.ts';
 import {
   AddressBook,
+  CAPABILITY_SET,
   chainNames,
   type Element,
   FLUSH_TUNNELS,
@@ -26,6 +27,7 @@ import {
   renderTunnel,
   renderTunnelRemoval,
   renderWrite,
+  TO_OPTION,
   tunnelSet,
 } from '../../appliance/router/ruleset.ts';
 import type { Tunnel } from '../../appliance/router/tunnels.ts';
@@ -65,6 +67,7 @@ export function config(over: Partial<RulesetConfig> = {}): RulesetConfig {
     },
     timeouts: true,
     vpn: null,
+    inband: false,
     ...over,
   };
 }
@@ -114,7 +117,12 @@ export function nftCases(open: () => Promise<{ nft: Nft; elapse: (ms: number) =>
     async (relay) => {
       const { nft } = await open();
       expect(await lines(nft, LIST_RULES)).toMatchObject({ kind: 'absent' });
-      const wanted = config({ relay, legacyV1: relay === 'join', vpn: relay === 'mptcp' ? null : 'detour-vpn' });
+      const wanted = config({
+        relay,
+        legacyV1: relay === 'join',
+        vpn: relay === 'mptcp' ? null : 'detour-vpn',
+        inband: relay !== 'tcp',
+      });
       expect(await nft.run(renderStatic(wanted, null))).toBeNull();
       const first = await lines(nft, LIST_RULES);
       if ('kind' in first) throw new Error(first.message);
@@ -128,6 +136,28 @@ export function nftCases(open: () => Promise<{ nft: Nft; elapse: (ms: number) =>
       expect(((await lines(nft, LIST_RULES)) as string[]).toSorted()).toEqual(first.toSorted());
     },
   );
+
+  it('translates to what a TCP option says, and goes on doing so while the rules are replaced', async () => {
+    const { nft } = await open();
+    const { table } = CAPABILITY_SET;
+    const translate = (): Promise<NftFailure | null> => nft.translateToOption(table, TO_OPTION.chain, TO_OPTION.target);
+    expect(await translate()).toMatchObject({ kind: 'absent' });
+    const wanted = config({ inband: true });
+    expect(await nft.run(renderStatic(wanted, null))).toBeNull();
+    expect(await translate()).toBeNull();
+    expect(await translate()).toBeNull();
+    const rule = /dnat ip to tcp option @253/g;
+    const first = await lines(nft, LIST_RULES);
+    if ('kind' in first) throw new Error(first.message);
+    expect(first.join('\n').match(rule)).toHaveLength(1);
+    expect(await nft.run(renderStatic(wanted, readNames(first)))).toBeNull();
+    const second = await lines(nft, LIST_RULES);
+    if ('kind' in second) throw new Error(second.message);
+    expect(second.join('\n').match(rule)).toHaveLength(1);
+    // Without in-band transit it goes like the other rules.
+    expect(await nft.run(renderStatic(config(), readNames(second)))).toBeNull();
+    expect(((await lines(nft, LIST_RULES)) as string[]).join('\n')).not.toMatch(rule);
+  });
 
   it('replaces the rules of an older version and keeps leases and memory', async () => {
     const { nft } = await open();

@@ -7,7 +7,7 @@
   packets.py announce DEVICE SOURCE PREFIX COUNT
 
 FLAGS out of the letters FSRPA. OPTION: none, join, capable, other (an MPTCP option of subtype 3), joinlast (a capable
-before a join). With COUNT, the source port grows by one from packet to packet. UDP takes any SOURCE, owned or not.
+before a join), or all options in hex, which may end in the middle of one (J stands for a join, and data may follow a slash). With COUNT, the source port grows by one from packet to packet. UDP takes any SOURCE, owned or not.
 
 `option` waits for a TCP segment that leaves DEVICE from SOURCE (HOST:PORT, one end of a live subflow) and sends an
 acknowledgement after it that carries the option HEX, as the host that relays the subflow can.
@@ -52,14 +52,17 @@ def pseudo(source, destination, protocol, length):
 
 
 def tcp(source, destination, sport, dport, flags, option):
-    options = bytes([2, 4, 5, 180]) + OPTIONS[option]
+    if option in OPTIONS:
+        options, data = bytes([2, 4, 5, 180]) + OPTIONS[option], b""
+    else:
+        options, data = [bytes.fromhex(part.replace("J", JOIN.hex())) for part in (option + "/").split("/")[:2]]
     options += b"\1" * (-len(options) % 4)
     bits = sum(FLAGS[letter] for letter in flags)
     offset = (20 + len(options)) // 4 << 4
     seq = struct.unpack("!I", os.urandom(4))[0]
 
     def segment(check):
-        return struct.pack("!HHIIBBHHH", sport, dport, seq, 0, offset, bits, 65535, check, 0) + options
+        return struct.pack("!HHIIBBHHH", sport, dport, seq, 0, offset, bits, 65535, check, 0) + options + data
 
     bare = segment(0)
     return segment(checksum(pseudo(source, destination, 6, len(bare)) + bare))

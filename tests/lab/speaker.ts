@@ -205,6 +205,7 @@ async function main([router = '', key = '', ...commands]: string[]): Promise<voi
         response && {
           result: resultName(response.result),
           port: response.port,
+          capabilityPort: response.capabilityPort,
           lifetime: response.lifetime,
           epoch: response.epoch.toString(16),
           observed: formatEndpoint(response.observed),

@@ -51,6 +51,7 @@ const SETTINGS: RouterSettings = {
   relay: 'join',
   leaseTime: 3_600_000,
   legacyV1: false,
+  inband: false,
   fwmark: { mark: 0xd7000000, mask: 0xff000000 },
   onExit: 'keep',
   vpn: null,
@@ -1127,5 +1128,113 @@ describe('tunnels', () => {
     await bench.start(VPN);
     const client = await bench.client('81.0.0.1');
     expect(formatAddress(inner(await client.enrol(clientKey(1), 1)).v4)).toMatch(/^10\.215\./);
+  });
+});
+
+describe('in-band transit', () => {
+  const CLIENT = '198.51.100.7';
+
+  it('is off unless asked for, and then every HELLO and PING names a port that the kernel has', async () => {
+    const { nft, clock } = fresh();
+    const router = await bench.start({ inband: true });
+    const client = await bench.stranger(CLIENT);
+    const hello = await client.hello();
+    const key = `${CLIENT} . ${hello?.capabilityPort}`;
+    expect(hello).toMatchObject({ result: 0, lifetime: 120, port: 0 });
+    expect([...nft.elements('auth4')]).toEqual([[key, '']]);
+    expect(nft.remaining('auth4', key)).toBe(125);
+    await clock.advance(60_000);
+    const ping = await client.ask(TYPE.PING);
+    expect(ping?.capabilityPort).toBe(hello?.capabilityPort);
+    expect(nft.remaining('auth4', key)).toBe(125);
+    expect(router.capabilityCount).toBe(1);
+    expect(await router.status()).toMatchObject({ inband: [{ client: CLIENT, port: hello?.capabilityPort }] });
+    await clock.advance(130_000);
+    expect(nft.elements('auth4').size).toBe(0);
+    expect(router.capabilityCount).toBe(0);
+  });
+
+  it('extends them on kernels that do not refresh elements, too', async () => {
+    const { nft, clock } = fresh();
+    nft.refreshes = false;
+    await bench.start({ inband: true });
+    const client = await bench.stranger(CLIENT);
+    const port = (await client.hello())?.capabilityPort;
+    await clock.advance(90_000);
+    expect((await client.ask(TYPE.PING))?.capabilityPort).toBe(port);
+    expect(nft.remaining('auth4', `${CLIENT} . ${port}`)).toBe(125);
+  });
+
+  it('gives each session its own port, one of a lease never, and a lease never one of them', async () => {
+    const { nft } = fresh();
+    await bench.start({ inband: true, ports: { first: 20000, last: 20003 } });
+    const speakers = [await bench.client(CLIENT), await bench.client(CLIENT)];
+    expect(nft.elements('auth4').size).toBe(2);
+    const [one] = speakers;
+    const leases = [await one?.lease(SERVER), await one?.lease(OTHER)];
+    expect(leases.map((answer) => answer?.result)).toEqual([0, 0]);
+    const used = [...nft.elements('auth4').keys(), ...nft.elements('leases4').keys()];
+    expect(new Set(used).size).toBe(4);
+    expect(resultOf((await one?.lease(endpoint('93.184.216.36:443'))) ?? null)).toBe('NO_RESOURCES');
+    expect((await (await bench.stranger(CLIENT)).hello())?.capabilityPort).toBe(0);
+  });
+
+  it('has none over IPv6, and none for a client whose address is masked', async () => {
+    const { nft } = fresh();
+    await bench.start({ inband: true });
+    expect((await (await bench.stranger('2a00:7::1')).hello())?.capabilityPort).toBe(0);
+    expect((await (await bench.stranger('80.0.0.254')).hello())?.capabilityPort).toBe(0);
+    expect(nft.elements('auth4').size).toBe(0);
+  });
+
+  it('answers without a port when nft fails', async () => {
+    const { nft } = fresh();
+    await bench.start({ inband: true });
+    nft.fault = (text) => (text.includes('auth4') && text.startsWith('add element') ? { kind: 'rejected' } : null);
+    const client = await bench.stranger(CLIENT);
+    expect(await client.hello()).toMatchObject({ result: 0, capabilityPort: 0 });
+    nft.fault = () => null;
+    expect((await client.ask(TYPE.PING))?.capabilityPort).toBeGreaterThanOrEqual(20000);
+  });
+
+  it('goes on with the same ports after a restart, without those of keys that are gone', async () => {
+    const { nft, clock } = fresh();
+    const first = await bench.start({ inband: true });
+    const client = await bench.client(CLIENT, 1);
+    const port = (await client.ask(TYPE.PING))?.capabilityPort;
+    await bench.client('198.51.100.8', 2);
+    await clock.advance(20_000);
+    const drained = first.drain();
+    await clock.advance(5_000);
+    await drained;
+    await bench.start({ inband: true, keys: [key(1)] });
+    expect([...nft.elements('auth4').keys()]).toEqual([`${CLIENT} . ${port}`]);
+    expect(nft.remaining('auth4', `${CLIENT} . ${port}`)).toBeLessThanOrEqual(100);
+    expect((await client.hello())?.capabilityPort).toBe(port);
+  });
+
+  it('goes with its key, and its flows with it', async () => {
+    const { nft } = fresh();
+    const router = await bench.start({ inband: true });
+    const port = (await (await bench.stranger(CLIENT, 2)).hello())?.capabilityPort;
+    await router.reload([key(1)]);
+    expect(nft.elements('auth4').size).toBe(0);
+    expect(bench.cuts).toEqual([{ client: address(CLIENT), port }]);
+  });
+
+  it('comes back when somebody flushed the rules, and no rule knows of it when it is switched off', async () => {
+    const { nft, clock } = fresh();
+    const router = await bench.start({ inband: true });
+    const client = await bench.client(CLIENT);
+    const port = (await client.ask(TYPE.PING))?.capabilityPort;
+    nft.flushRuleset();
+    await clock.advance(40_000);
+    expect([...nft.elements('auth4').keys()]).toEqual([`${CLIENT} . ${port}`]);
+    const drained = router.drain();
+    await clock.advance(5_000);
+    await drained;
+    await bench.start();
+    expect(nft.rules('syn').join()).not.toContain('auth4');
+    expect((await client.hello())?.capabilityPort).toBe(0);
   });
 });

@@ -12,7 +12,7 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   [/^cli\.ts$/, 'entry'],
   [/^(router|client)\/main\.ts$/, 'entry'],
   [/^protocol\//, 'protocol'],
-  [/^router\/(policy|leases|ruleset|tunnels)\.ts$/, 'pure'],
+  [/^router\/(policy|leases|capabilities|ruleset|tunnels)\.ts$/, 'pure'],
   [
     /^client\/(manager|explain|state|joins|slots|repair|revival|roaming|spares|interfaces|adoption|fleet|listing|paths|worth)\.ts$/,
     'pure',
