@@ -46,6 +46,8 @@ export type RouterSettings = CommonSettings & {
   readonly vpn: VpnSettings | null;
   /** Whether joins may bring their server's address with them. */
   readonly inband: boolean;
+  /** Ports that servers may ask to be reached at by anybody's joins; empty for none. */
+  readonly announce: readonly PortRange[];
 };
 
 /** What a router says of its tunnels. At least one family is carried. */
@@ -89,6 +91,14 @@ export type Side = 'client' | 'server';
 /** Whose plain TCP sockets become Multipath TCP. */
 export type Mptcpify = 'off' | 'all' | 'labelled';
 
+/** What a server needs to have detours announced. */
+export type Announcing = {
+  readonly key: Key;
+  readonly detours: readonly DetourSource[];
+  /** The server's own TCP ports. */
+  readonly ports: readonly number[];
+};
+
 export type ClientSettings = CommonSettings & {
   /** At least one, none twice. */
   readonly sides: readonly Side[];
@@ -110,6 +120,8 @@ export type ClientSettings = CommonSettings & {
   /** Whose namespaces are served; at least one, none twice. */
   readonly providers: readonly ProviderName[];
   readonly mptcpify: Mptcpify;
+  /** Null: no detours are announced. */
+  readonly announcing: Announcing | null;
   readonly sysctlRoot: string;
 };
 
@@ -407,7 +419,7 @@ function readAll(role: Role, sources: Sources, options: Options): Reader {
   const textOf = (row: Variable<unknown>): string | null => found.get(row.name)?.text ?? defaultOf(row, role);
   const get = <T>(row: Variable<T>): T => row.parse(textOf(row) ?? '');
   if (problems.length === 0) {
-    for (const problem of crossCheck(role, get)) problems.push(problem);
+    for (const problem of crossCheck(role, get, (row) => textOf(row) !== null)) problems.push(problem);
   }
   if (problems.length > 0) {
     const order = (problem: Problem): number => {
@@ -424,8 +436,12 @@ function readAll(role: Role, sources: Sources, options: Options): Reader {
 }
 
 /** Rules between variables; only asked when each of them is right by itself. */
-function crossCheck(role: Role, get: <T>(row: Variable<T>) => T): readonly Problem[] {
-  if (role === 'client') return [];
+function crossCheck(
+  role: Role,
+  get: <T>(row: Variable<T>) => T,
+  has: (row: Variable<unknown>) => boolean,
+): readonly Problem[] {
+  if (role === 'client') return crossCheckClient(get, has);
   const problems: Problem[] = [];
   const ports = get(TABLE.ports);
   const inRange = (port: number): boolean => ports.first <= port && port <= ports.last;
@@ -449,6 +465,13 @@ function crossCheck(role: Role, get: <T>(row: Variable<T>) => T): readonly Probl
       line: `DETOUR_VPN_PORT="${listen.port}": is the control port of DETOUR_LISTEN, and both are UDP; for example DETOUR_VPN_PORT=${TABLE.vpnPort.default}`,
     });
   }
+  const clash = get(TABLE.announcePorts).find(({ first, last }) => first <= ports.last && ports.first <= last);
+  if (clash) {
+    problems.push({
+      variable: TABLE.announcePorts.name,
+      line: `DETOUR_ANNOUNCE_PORTS="${clash.first}-${clash.last}": overlaps with DETOUR_PORTS=${ports.first}-${ports.last}, whose ports are leases'; for example DETOUR_ANNOUNCE_PORTS=443`,
+    });
+  }
   const spell = (rule: DestinationRule): string =>
     `${formatPrefix(rule.prefix)}${rule.ports.map(({ first, last }) => `:${first}-${last}`).join('')}`;
   const denied = new Set(get(TABLE.deny).map(spell));
@@ -458,6 +481,30 @@ function crossCheck(role: Role, get: <T>(row: Variable<T>) => T): readonly Probl
       line: `DETOUR_ALLOW: has ${spell(rule)}, and so has DETOUR_DENY; remove it from one of them`,
     });
   }
+  return problems;
+}
+
+function crossCheckClient(
+  get: <T>(row: Variable<T>) => T,
+  has: (row: Variable<unknown>) => boolean,
+): readonly Problem[] {
+  const ports = get(TABLE.announce);
+  if (ports.length === 0) return [];
+  const problem = (rule: string): Problem => ({
+    variable: TABLE.announce.name,
+    line: `DETOUR_ANNOUNCE="${ports.join(',')}": ${rule}`,
+  });
+  const problems: Problem[] = [];
+  if (get(TABLE.role).join() !== 'server')
+    problems.push(
+      problem(
+        "needs DETOUR_ROLE=server: the client's side selects the userspace path manager, with which the kernel announces nothing",
+      ),
+    );
+  if (get(TABLE.providers).join() !== 'host')
+    problems.push(problem("needs DETOUR_PROVIDERS=host: only this host's own network is announced"));
+  for (const row of [TABLE.key, TABLE.detours])
+    if (!has(row)) problems.push(problem(`needs ${row.name}, for the detours that are to be announced`));
   return problems;
 }
 
@@ -518,6 +565,7 @@ export function loadRouterSettings(sources: Sources, options: Partial<Options> =
     onExit: get(TABLE.onExit),
     vpn: get(TABLE.vpn) ? { port: get(TABLE.vpnPort), ...get(TABLE.vpnNetwork) } : null,
     inband: get(TABLE.inband),
+    announce: get(TABLE.announcePorts),
   };
   return freeze({ settings, shown, warnings });
 }
@@ -530,6 +578,7 @@ export function loadClientSettings(sources: Sources, options: { others?: boolean
   const { get, shown, warnings } = readAll('client', sources, { partial: false, others: false, ...options });
   const sides = get(TABLE.role);
   const client = sides.includes('client');
+  const announced = get(TABLE.announce);
   const settings: ClientSettings = {
     ...common(get),
     sides,
@@ -545,6 +594,7 @@ export function loadClientSettings(sources: Sources, options: { others?: boolean
     rescue: get(TABLE.rescue),
     providers: get(TABLE.providers),
     mptcpify: get(TABLE.mptcpify),
+    announcing: announced.length === 0 ? null : { key: get(TABLE.key), detours: get(TABLE.detours), ports: announced },
     sysctlRoot: get(TABLE.sysctlRoot),
   };
   const nobody = settings.mptcpify === 'labelled' && settings.providers.every((name) => name === 'host');

@@ -98,9 +98,18 @@ function sides(text: string): readonly Side[] {
   return new Set(names).size === names.length ? names : refuse('names one of them twice');
 }
 
-/** A switch whose feature this version does not have: it may only be off. */
-function offYet(text: string): false {
-  return /^(off|false|no|0)$/i.test(text) ? false : refuse('is not available in this version: it can only be off');
+/** What `on` stands for: HTTPS. */
+const ANNOUNCED_BY_DEFAULT = 443;
+/** A detour grants a key so many (docs/protocol.md, Announcements). */
+const MOST_ANNOUNCED = 8;
+
+function announcedPorts(text: string): readonly number[] {
+  if (/^(off|false|no)$/i.test(text)) return [];
+  if (/^(on|true|yes)$/i.test(text)) return [ANNOUNCED_BY_DEFAULT];
+  const ports = list(text, (item) => port(item) ?? refuse(`has "${item}": must be off, on, or ports from 1 to 65535`));
+  if (ports.length === 0) refuse('must be off, on, or ports from 1 to 65535');
+  if (ports.length > MOST_ANNOUNCED) refuse(`has ${ports.length} ports; at most ${MOST_ANNOUNCED} are possible`);
+  return new Set(ports).size === ports.length ? ports : refuse('names a port twice');
 }
 
 /** A switch, as people write one. @throws Refused */
@@ -564,6 +573,17 @@ export const TABLE = {
     example: 'on',
     parse: flag,
   }),
+  announcePorts: variable({
+    name: 'DETOUR_ANNOUNCE_PORTS',
+    roles: ['router'],
+    default: '',
+    doc:
+      'TCP ports at which servers that hold a key may be announced: joins of anybody to such a port are led to the server that asked for it first. ' +
+      'Empty: none. Open them in the firewall of the VPS; nothing of its own may listen there. See docs/announce.md.',
+    example: '443,8443',
+    parse: (text) =>
+      list(text, (item) => portRange(item) ?? refuse(`has "${item}", which is no PORT or FIRST-LAST from 1 to 65535`)),
+  }),
   vpn: variable({
     name: 'DETOUR_VPN',
     roles: ['router'],
@@ -658,10 +678,12 @@ export const TABLE = {
     name: 'DETOUR_ANNOUNCE',
     roles: ['client'],
     default: 'off',
-    unavailable: true,
-    doc: 'Announce detours from a server. Not available in this version.',
-    example: 'off',
-    parse: offYet,
+    doc:
+      'With `DETOUR_ROLE=server`: TCP ports of this server that detours are asked to lead joins to, and at which its kernel announces them to all clients ' +
+      '(ADD_ADDR); stock clients use them with no software of ours. `on` means 443. Needs `DETOUR_KEY`, `DETOUR_DETOURS` and detours with ' +
+      '`DETOUR_ANNOUNCE_PORTS`; see docs/announce.md.',
+    example: '443,8443',
+    parse: announcedPorts,
   }),
 };
 

@@ -4,6 +4,7 @@ import { formatEndpoint } from '../protocol/address.ts';
 import type { ClientSettings } from '../settings.ts';
 import type { DaemonView, Json, Readiness } from '../status/daemon.ts';
 import { type Agent, type AgentPorts, LIVELY_MS, startAgent } from './agent.ts';
+import { type Announcer, type AnnouncerPorts, startAnnouncer } from './announcer.ts';
 import type { DetourAddress } from './detours.ts';
 import { createMetrics, type WorkloadState } from './metrics.ts';
 import { type MptcpifyPorts, type ServedNet, startMptcpify } from './mptcpify.ts';
@@ -41,6 +42,8 @@ export type DaemonPorts = SourcePorts & {
   /** Each starts watching. */
   readonly providers: readonly ((onChange: OnWorkloads) => Provider)[];
   readonly mptcpify: Pick<MptcpifyPorts, 'groups' | 'openSwitches' | 'isPinned'>;
+  /** Of this process's own namespace; asked for with `DETOUR_ANNOUNCE` alone. */
+  readonly openAnnouncing: () => AnnouncerPorts;
   readonly version: string;
 };
 
@@ -107,6 +110,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
   const mptcpify = startMptcpify(settings.mptcpify, { ...ports.mptcpify, clock, log });
   let own: Agent | null = null;
   let sources: Sources | null = null;
+  let announcer: Announcer | null = null;
   let stopped = false;
   /** Wall minus monotonic; grows when the machine sleeps. */
   let skew = clock.wall() - clock.now();
@@ -359,11 +363,20 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     home = place;
     choose();
   }
+  if (settings.announcing) {
+    try {
+      announcer = await startAnnouncer(settings.announcing, ports.openAnnouncing());
+    } catch (error) {
+      await home?.unload().catch(() => undefined);
+      throw error;
+    }
+  }
   sources = watchSources({
     ...ports,
-    sources: settings.detours,
+    sources: settings.announcing?.detours ?? settings.detours,
     onChange(now) {
       addresses = now;
+      announcer?.set(now);
       for (const agent of agents()) agent.set(now);
     },
   });
@@ -431,6 +444,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
           ...(settings.sides.includes('server') ? { sides: settings.sides } : {}),
           ...(settings.mptcpify === 'off' ? {} : { mptcpify: { ...mptcpify.status() } }),
           detours: all(({ detours }) => detours),
+          ...(announcer ? { announced: announcer.status().map((row) => ({ ...row })) } : {}),
           sources: sourceStatus().map(({ answeredAt, ...source }) => ({
             ...source,
             answered: answeredAt === null ? null : wallAt(answeredAt),
@@ -463,6 +477,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       mptcpify.stop();
       for (const provider of providers) provider.stop();
       sources?.stop();
+      await announcer?.stop();
       // Every namespace is put back, whatever becomes of the others.
       const all = [...rooms.values()];
       for (const room of all) arrange(room);

@@ -7,6 +7,7 @@ import {
   decodeAnswer,
   defaultRetryAfter,
   encodeRequest,
+  FLAG_ANNOUNCED,
   FLAG_PEER,
   type Keys,
   MESSAGE_BYTES,
@@ -61,6 +62,12 @@ export type TunnelOutcome =
   | { readonly kind: 'refused'; readonly why: string; readonly retryAt: number }
   | { readonly kind: 'unanswered' };
 
+/** What became of the question to be announced, or no longer. */
+export type AnnounceOutcome =
+  | { readonly kind: 'granted'; readonly expiresAt: number }
+  | { readonly kind: 'refused'; readonly why: string; readonly retryAt: number }
+  | { readonly kind: 'unanswered' };
+
 /** How an exchange with a detour ended: a result's name, or `timeout`. */
 export type ExchangeOutcome = string;
 
@@ -77,6 +84,8 @@ export type Detours = {
   release(detour: string, server: Endpoint): void;
   /** Asks about its tunnels. `quick` gives up after one try. */
   tunnel(detour: string, question: TunnelQuestion, quick?: boolean): Promise<TunnelOutcome>;
+  /** Asks it to lead joins of anybody to this host, or (`withdrawn`, once) no longer; docs/protocol.md, Announcements. */
+  announce(detour: string, server: Endpoint, withdrawn?: boolean): Promise<AnnounceOutcome>;
   /** Asks all of them at once, by the way that the kernel would take now: the network changed. */
   retry(): void;
   /** How the detours see this host: one address per detour that has answered. */
@@ -227,6 +236,8 @@ export function createDetours(options: DetoursOptions): Detours {
     doubt: (detour, server) => sessions.get(detour)?.doubt(server),
     release: (detour, server) => sessions.get(detour)?.release(server),
     tunnel: async (detour, question, quick) => (await sessions.get(detour)?.tunnel(question, quick)) ?? UNANSWERED,
+    announce: async (detour, server, withdrawn) =>
+      (await sessions.get(detour)?.announce(server, withdrawn)) ?? { kind: 'unanswered' },
     retry() {
       for (const session of sessions.values()) session.retry();
     },
@@ -251,6 +262,7 @@ type Session = {
   doubt(server: Endpoint): void;
   release(server: Endpoint): void;
   tunnel(question: TunnelQuestion, quick?: boolean): Promise<TunnelOutcome>;
+  announce(server: Endpoint, withdrawn?: boolean): Promise<AnnounceOutcome>;
   /** Asks at once, from the address that the kernel's routing chooses now. */
   retry(): void;
   observed(): Address | null;
@@ -728,6 +740,23 @@ function openSession(
     return { kind: 'granted', grant, expiresAt: sentAt + lifetime * 1000 };
   }
 
+  async function announce(server: Endpoint, withdrawn = false): Promise<AnnounceOutcome> {
+    const outcome = await ask(
+      withdrawn ? TYPE.RELEASE : TYPE.ANNOUNCE,
+      { ...about(server), ...(withdrawn ? { flags: FLAG_ANNOUNCED } : { lifetime: LIFETIME_S }) },
+      { tries: withdrawn ? 1 : TRIES },
+    );
+    if (typeof outcome === 'string' || closed) return { kind: 'unanswered' };
+    const { response, sentAt } = outcome;
+    learn(response);
+    if (response.result !== RESULT.OK)
+      return { kind: 'refused', why: resultName(response.result), retryAt: clock.now() + retryAfter(response) };
+    // It could be led to by another port only where clients do not go.
+    if (!withdrawn && (!('port' in response) || response.port !== server.port)) return { kind: 'unanswered' };
+    const lifetime = Math.min(Math.max(response.lifetime, LEAST_LIFETIME_S), LONGEST_LIFETIME_S);
+    return { kind: 'granted', expiresAt: sentAt + lifetime * 1000 };
+  }
+
   function want(server: Endpoint): void {
     const known = leases.get(formatEndpoint(server));
     if (known) {
@@ -746,6 +775,7 @@ function openSession(
     },
     want,
     tunnel,
+    announce,
     doubt(server) {
       const lease = leases.get(formatEndpoint(server));
       if (lease) void obtain(lease, true);

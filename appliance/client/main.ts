@@ -11,7 +11,7 @@ import { systemHandshake } from '../kernel/handshake.ts';
 import { openLinks } from '../kernel/links.ts';
 import { systemLookup } from '../kernel/lookup.ts';
 import { nftMemory } from '../kernel/memory.ts';
-import { openPathManager, subflowLimit } from '../kernel/mptcp.ts';
+import { openPathManager, signalEndpoints, subflowLimit } from '../kernel/mptcp.ts';
 import { isPinned, openSwitches, prepareSwitches, removeSwitches } from '../kernel/mptcpify.ts';
 import { type Namespace, NamespaceError, openNamespace, ownNamespace } from '../kernel/namespaces.ts';
 import { openNetwork } from '../kernel/network.ts';
@@ -29,6 +29,7 @@ import type { ClientHostSettings, ClientSettings, ProviderName } from '../settin
 import type { DaemonView } from '../status/daemon.ts';
 import { flag, TABLE } from '../variables.ts';
 import { VERSION } from '../version.ts';
+import { type AnnouncerPorts, takeBack } from './announcer.ts';
 import { type DaemonPorts, type Place, startDaemon } from './daemon.ts';
 import { watchDocker } from './docker.ts';
 import { watchKubernetes } from './kubernetes.ts';
@@ -42,6 +43,8 @@ import { sweepTunnels, type TunnelPorts } from './tunnels.ts';
 export const CLIENT_TABLE = 'detour_client';
 /** The same for the server's side. */
 export const SERVER_TABLE = 'detour_server';
+/** The same for what is announced. */
+export const ANNOUNCED_TABLE = 'detour_announced';
 /** Sockets of a process of this name are left alone by bpf/mptcpify.bpf.c. */
 const PROCESS_NAME = 'detour';
 
@@ -83,6 +86,7 @@ export async function startClient(settings: ClientSettings, log: Log): Promise<R
       ),
     providers,
     mptcpify: { groups: systemGroups(), openSwitches, isPinned },
+    openAnnouncing: () => announcing(log, ownNamespace),
     version: VERSION,
   });
   const trimming = setInterval(returnFreedMemory, TRIM_MS).unref();
@@ -341,7 +345,11 @@ async function putBack(
   owner: LoaderOwner | null,
   namespace: Namespace = ownNamespace,
 ): Promise<void> {
-  await Promise.all([restore(loaderPorts(settings, log, namespace), owner), lower(limitPorts(log, namespace), owner)]);
+  await Promise.all([
+    restore(loaderPorts(settings, log, namespace), owner),
+    lower(limitPorts(log, namespace), owner),
+    takeBack(announcing(log, namespace)),
+  ]);
 }
 
 /** @throws Fatal (69) */
@@ -359,6 +367,11 @@ function loaderPorts(settings: ClientHostSettings, log: Log, namespace: Namespac
     memory: nftMemory(systemNft({ namespace }), CLIENT_TABLE),
     log,
   };
+}
+
+function announcing(log: Log, namespace: Namespace): AnnouncerPorts {
+  const memory = nftMemory(systemNft({ namespace }), ANNOUNCED_TABLE);
+  return { clock: systemClock, datagrams: udpDatagrams(namespace), log, endpoints: signalEndpoints(namespace), memory };
 }
 
 function limitPorts(log: Log, namespace: Namespace): LimitPorts {

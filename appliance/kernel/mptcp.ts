@@ -69,6 +69,14 @@ export type PathManager = {
   close(): void;
 };
 
+/** What the kernel's own path manager tells peers of: addresses that need not be this host's. */
+export type SignalEndpoints = {
+  /** Announces an address on all connections, also those to come, with the connection's port. Harmless when it is. @throws NetlinkError */
+  add(address: Address): Promise<void>;
+  /** Takes it back; subflows to it close. Harmless when it is not announced. @throws NetlinkError */
+  remove(address: Address): Promise<void>;
+};
+
 /** How many extra subflows a connection may have that the kernel's own path manager is in charge of; joins of peers count. */
 export type SubflowLimit = {
   /** @throws NetlinkError */
@@ -79,9 +87,19 @@ export type SubflowLimit = {
 
 const FAMILY = 'mptcp_pm';
 const EVENT_GROUP = 'mptcp_pm_events';
-const COMMAND = { SET_LIMITS: 5, GET_LIMITS: 6, SET_FLAGS: 7, SUBFLOW_CREATE: 10, SUBFLOW_DESTROY: 11 } as const;
+const COMMAND = {
+  ADD_ADDR: 1,
+  DEL_ADDR: 2,
+  GET_ADDR: 3,
+  SET_LIMITS: 5,
+  GET_LIMITS: 6,
+  SET_FLAGS: 7,
+  SUBFLOW_CREATE: 10,
+  SUBFLOW_DESTROY: 11,
+} as const;
 const ATTRIBUTE = { ADDR: 1, SUBFLOWS: 3, TOKEN: 4, ADDR_REMOTE: 6 } as const;
 const IN_ADDRESS = { FAMILY: 1, ID: 2, ADDR4: 3, ADDR6: 4, PORT: 5, FLAGS: 6, IF_IDX: 7 } as const;
+const FLAG_SIGNAL = 1;
 const FLAG_BACKUP = 4;
 const AF_INET = 2;
 const AF_INET6 = 10;
@@ -206,6 +224,54 @@ export function subflowLimit(namespace: Namespace): SubflowLimit {
     async write(subflows) {
       await ask('changing the limit of subflows', COMMAND.SET_LIMITS, attribute(ATTRIBUTE.SUBFLOWS, u32(subflows)));
     },
+  };
+}
+
+/** Those of a network namespace. Only endpoints with no other flag are touched: an operator's own may have more. */
+export function signalEndpoints(namespace: Namespace): SignalEndpoints {
+  async function within<T>(task: (socket: NetlinkSocket, family: number) => Promise<T>): Promise<T> {
+    const socket = openNetlink(PROTOCOL.GENERIC, { namespace });
+    try {
+      return await task(socket, (await resolveFamily(socket, FAMILY)).id);
+    } catch (error) {
+      throw explain(error);
+    } finally {
+      socket.close();
+    }
+  }
+  const same = (nest: Map<number, Buffer>, wanted: Address): boolean => {
+    const bytes = nest.get(wanted.family === 4 ? IN_ADDRESS.ADDR4 : IN_ADDRESS.ADDR6);
+    const isSignal = integer(nest.get(IN_ADDRESS.FLAGS)) === FLAG_SIGNAL && !nest.has(IN_ADDRESS.PORT);
+    return isSignal && bytes !== undefined && BigInt(`0x${bytes.toString('hex')}`) === wanted.value;
+  };
+  return {
+    add: (wanted) =>
+      within(async (socket, family) => {
+        const nest = attribute(ATTRIBUTE.ADDR, [...address(wanted), attribute(IN_ADDRESS.FLAGS, u32(FLAG_SIGNAL))]);
+        try {
+          await socket.request('announcing an address', family, Buffer.concat([genericHeader(COMMAND.ADD_ADDR), nest]));
+        } catch (error) {
+          if (!(error instanceof NetlinkError) || error.code !== 'EEXIST') throw error;
+        }
+      }),
+    remove: (wanted) =>
+      within(async (socket, family) => {
+        const ids: number[] = [];
+        await socket.dump('reading what is announced', family, genericHeader(COMMAND.GET_ADDR), (record) => {
+          const nest = readAttributes(record, GENERIC_HEADER_BYTES).get(ATTRIBUTE.ADDR);
+          const found = nest && readAttributes(nest);
+          const id = found && integer(found.get(IN_ADDRESS.ID));
+          if (found && id != null && same(found, wanted)) ids.push(id);
+        });
+        for (const id of ids) {
+          const nest = attribute(ATTRIBUTE.ADDR, [...address(wanted), attribute(IN_ADDRESS.ID, u8(id))]);
+          await socket.request(
+            'taking an address back',
+            family,
+            Buffer.concat([genericHeader(COMMAND.DEL_ADDR), nest]),
+          );
+        }
+      }),
   };
 }
 

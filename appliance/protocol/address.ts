@@ -227,3 +227,13 @@ export function embedsIPv4(address: Address): boolean {
   if (identifier === 0x5efen || identifier === 0x02005efen) return true;
   return EMBEDDING.some((prefix) => contains(prefix, address));
 }
+
+/** An address as 8 or 32 hex digits, for places where only letters and digits may be. */
+export const hexOfAddress = ({ family, value }: Address): string =>
+  value.toString(16).padStart(family === 4 ? 8 : 32, '0');
+
+/** Reads what `hexOfAddress` wrote; null for anything else. */
+export function addressFromHex(text: string): Address | null {
+  if (!/^([0-9a-f]{8}|[0-9a-f]{32})$/.test(text)) return null;
+  return { family: text.length === 8 ? 4 : 6, value: BigInt(`0x${text}`) };
+}

@@ -14,10 +14,12 @@ export const PROTOCOL_TCP = 6;
 export const COOKIE_BYTES = 16;
 export const SECRET_BYTES = 32;
 
-export const TYPE = { HELLO: 1, LEASE: 2, RELEASE: 3, PING: 4, TUNNEL: 5 } as const;
+export const TYPE = { HELLO: 1, LEASE: 2, RELEASE: 3, PING: 4, TUNNEL: 5, ANNOUNCE: 6 } as const;
 
 /** In the flags of TUNNEL and RELEASE: bytes 48 to 79 are a WireGuard public key, not a destination. */
 export const FLAG_PEER = 1;
+/** In the flags of RELEASE: it is an announcement that is given up, not a lease. */
+export const FLAG_ANNOUNCED = 2;
 /** Of WireGuard (Curve25519). */
 export const PUBLIC_KEY_BYTES = 32;
 

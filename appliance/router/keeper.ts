@@ -7,6 +7,7 @@ import type { Log, LogFields } from '../log.ts';
 import { type Address, formatAddress, formatEndpoint, sameAddress } from '../protocol/address.ts';
 import { defaultRetryAfter, RESULT, type Result } from '../protocol/control.ts';
 import type { RouterSettings } from '../settings.ts';
+import { type Announcement, type AnnouncementAsk, Announcements } from './announcements.ts';
 import { Capabilities, type Capability, type CapabilityAsk } from './capabilities.ts';
 import { type Ask, GRACE, type Lease, Leases, type Owner, type Subject, type Write } from './leases.ts';
 import type { Notices } from './notices.ts';
@@ -14,6 +15,8 @@ import type { Rules } from './policy.ts';
 import {
   type Element,
   type RulesetConfig,
+  renderAnnouncement,
+  renderAnnouncements,
   renderCapabilities,
   renderCapabilityRemoval,
   type TunnelElement,
@@ -30,6 +33,8 @@ export type KeeperPorts = {
   readonly nft: Nft;
   readonly addresses: Addresses;
   readonly conntrack: Conntrack;
+  /** TCP ports on which something of this host listens. */
+  readonly listeners: () => Promise<readonly number[]>;
   /**
    * Looks after what lies outside our table (forwarding, the host's firewall), at start and every half minute. Answers
    * with what keeps each family from being forwarded; null when nothing does.
@@ -59,7 +64,15 @@ export type Job =
       readonly ask: CapabilityAsk;
       /** `port` is 0 when there is none to be had. */
       readonly answer: (port: number) => void;
+    }
+  | {
+      readonly kind: 'announcement';
+      readonly ask: AnnouncementAsk;
+      /** Whether it is given up. */
+      readonly withdrawn: boolean;
+      readonly answer: (result: Result, lifetime: number) => void;
     };
+type AnnouncementJob = Extract<Job, { readonly kind: 'announcement' }>;
 type LeaseJob = Extract<Job, { readonly kind: 'lease' | 'release' }>;
 type CapabilityJob = Extract<Job, { readonly kind: 'capability' }>;
 
@@ -93,6 +106,8 @@ export class Keeper {
   readonly #leases: Leases;
   /** Null while joins may not name their servers. */
   readonly #capabilities: Capabilities | null;
+  /** Null while servers may not ask to be announced. */
+  readonly #announcements: Announcements | null;
   readonly #facts = new Map<string, string>();
   readonly #timers = new Set<Cancel>();
   readonly #queue: Job[] = [];
@@ -134,6 +149,8 @@ export class Keeper {
       longest: Math.floor(settings.leaseTime / 1000),
       isReserved: (client, port) => capabilities?.holds(client, port) ?? false,
     });
+    this.#announcements =
+      settings.announce.length > 0 ? new Announcements(Math.floor(settings.leaseTime / 1000), GRACE) : null;
     this.#rules = { allow: settings.allow, deny: settings.deny, own: [] };
   }
 
@@ -201,6 +218,11 @@ export class Keeper {
     return this.#capabilities?.all() ?? null;
   }
 
+  /** Servers that anybody's joins are led to; null when none may ask for it. */
+  get announcements(): readonly Announcement[] | null {
+    return this.#announcements?.all() ?? null;
+  }
+
   /** What keeps leases from being granted, for people. */
   get troubles(): readonly string[] {
     const reasons: string[] = [];
@@ -244,12 +266,7 @@ export class Keeper {
   async change(text: string): Promise<NftFailure | null> {
     let failure: NftFailure | null = null;
     await this.#exclusively(async () => {
-      failure = await this.#table.change(text);
-      if (failure?.kind === 'absent') {
-        await this.#restore('absent');
-        failure = await this.#table.change(text);
-      }
-      if (failure) this.#blame(failure);
+      failure = await this.#changeTable(text);
     });
     return failure;
   }
@@ -344,7 +361,12 @@ export class Keeper {
     const planned: { job: LeaseJob; write: Write }[] = [];
     const postponed: Job[] = [];
     const capabilities: CapabilityJob[] = [];
+    const announcements: AnnouncementJob[] = [];
     for (const job of jobs) {
+      if (job.kind === 'announcement') {
+        announcements.push(job);
+        continue;
+      }
       if (job.kind === 'capability') {
         capabilities.push(job);
         continue;
@@ -363,8 +385,62 @@ export class Keeper {
     // A transaction that deletes waits for all readers in the kernel, some 10 ms: who is granted something need not.
     await this.#carryOut(planned.filter(({ write }) => write.kind !== 'remove'));
     await this.#authorise(capabilities);
+    for (const job of announcements) await this.#announce(job);
     await this.#carryOut(planned.filter(({ write }) => write.kind === 'remove'));
     this.#queue.unshift(...postponed);
+  }
+
+  /** A transaction for each: they are few, and last long. */
+  async #announce({ withdrawn, ask, answer }: AnnouncementJob): Promise<void> {
+    const table = this.#announcements;
+    const { clock, log } = this.#ports;
+    if (!table) {
+      answer(RESULT.UNSUPPORTED, defaultRetryAfter(RESULT.UNSUPPORTED));
+      return;
+    }
+    if (withdrawn) {
+      const held = table.get(ask.owner, ask.server);
+      const failure = held && (await this.#changeTable(renderAnnouncement(held, 0)));
+      if (held && !failure) {
+        table.remove(held);
+        log.info('announcement-withdrawn', this.#auditServer(held), 'withdrawn by its server');
+      }
+      answer(failure ? RESULT.INTERNAL : RESULT.OK, failure ? defaultRetryAfter(RESULT.INTERNAL) : 0);
+      return;
+    }
+    const listening = await this.#ports.listeners();
+    const plan =
+      this.#conntrackFull || this.#blocked(ask.server.address) !== null
+        ? ({ kind: 'refused', result: 'NO_RESOURCES' } as const)
+        : table.plan(ask, clock.now(), (port) => listening.includes(port));
+    if (plan.kind === 'refused') {
+      answer(RESULT[plan.result], defaultRetryAfter(RESULT[plan.result]));
+      return;
+    }
+    const failure = await this.#changeTable(renderAnnouncement(plan.announcement, plan.lifetime));
+    if (failure) {
+      answer(RESULT.INTERNAL, defaultRetryAfter(RESULT.INTERNAL));
+      return;
+    }
+    table.committed({ ...plan.announcement, expires: clock.now() + plan.lifetime * 1000 });
+    if (plan.isNew)
+      log.info('announcement-granted', { ...this.#auditServer(plan.announcement), seconds: plan.lifetime }, 'granted');
+    answer(RESULT.OK, plan.lifetime);
+  }
+
+  #auditServer({ owner, server }: Announcement): LogFields {
+    return { key: hexKey(owner), server: formatEndpoint(server) };
+  }
+
+  /** In the worker: one transaction, in a table that is put back first when it is gone. */
+  async #changeTable(text: string): Promise<NftFailure | null> {
+    let failure = await this.#table.change(text);
+    if (failure?.kind === 'absent') {
+      await this.#restore('absent');
+      failure = await this.#table.change(text);
+    }
+    if (failure) this.#blame(failure);
+    return failure;
   }
 
   /** One transaction for all who ask for a capability, and the answers to them. */
@@ -498,6 +574,8 @@ export class Keeper {
       this.#ports.log.info('lease-expired', this.#audit(lease), 'not renewed');
     }
     this.#capabilities?.sweep(this.#ports.clock.now());
+    for (const over of this.#announcements?.sweep(this.#ports.clock.now()) ?? [])
+      this.#ports.log.info('announcement-expired', this.#auditServer(over), 'not renewed');
     await this.#measureConntrack();
     this.#notices.flush();
     const own = this.#ports.addresses.local();
@@ -588,6 +666,7 @@ export class Keeper {
     }
     const restored = await this.#compare();
     await this.#putCapabilities();
+    await this.#putAnnouncements();
     this.#notices.count('rules_restored');
     this.#ports.log.warn('rules-restored', { found: what, leases: restored }, 'somebody changed our rules; restored');
     this.onRestored();
@@ -602,6 +681,19 @@ export class Keeper {
       lifetime: Math.floor((capability.expires - now) / 1000),
     }));
     const failure = await this.#table.change(renderCapabilities(left.filter(({ lifetime }) => lifetime > 0)));
+    if (failure) this.#blame(failure);
+    return failure;
+  }
+
+  /** Makes the kernel's announcements ours, and no others. */
+  async #putAnnouncements(): Promise<NftFailure | null> {
+    if (!this.#announcements) return null;
+    const now = this.#ports.clock.now();
+    const left = this.#announcements.all().map((announcement) => ({
+      announcement,
+      lifetime: Math.floor((announcement.expires - now) / 1000),
+    }));
+    const failure = await this.#table.change(renderAnnouncements(left.filter(({ lifetime }) => lifetime > 0)));
     if (failure) this.#blame(failure);
     return failure;
   }
@@ -639,6 +731,7 @@ export class Keeper {
       timeouts: this.#timeouts,
       vpn: this.#settings.vpn && TUNNEL_INTERFACE,
       inband: this.#settings.inband,
+      announce: this.#settings.announce,
     };
     const outcome = await this.#table.install(config);
     if ('kind' in outcome) return outcome;
@@ -666,7 +759,24 @@ export class Keeper {
     if (failure) return failure;
     await this.#table.discard(refused);
     for (const owner of strangers) await this.#revoke(owner);
-    return this.#capabilities && this.#adoptCapabilities(this.#capabilities);
+    return (
+      (this.#capabilities && (await this.#adoptCapabilities(this.#capabilities))) ??
+      (this.#announcements && (await this.#adoptAnnouncements(this.#announcements)))
+    );
+  }
+
+  /** As long as its key may, and its port is one that may be announced. */
+  async #adoptAnnouncements(announcements: Announcements): Promise<NftFailure | null> {
+    const found = await this.#table.announcements();
+    if ('kind' in found) return found;
+    const now = this.#ports.clock.now();
+    const may = (port: number): boolean =>
+      this.#settings.announce.some(({ first, last }) => first <= port && port <= last);
+    for (const element of found) {
+      if (!element || !this.#keyIds.has(element.owner) || !may(element.server.port)) continue;
+      announcements.adopt({ ...element, expires: now + Math.max(0, element.remaining - GRACE) * 1000 });
+    }
+    return this.#putAnnouncements();
   }
 
   /** A client's session outlives this daemon, and so does its port: its joins go on. */
@@ -696,6 +806,12 @@ export class Keeper {
       }
       this.#leases.committed(write, clock.now());
       cut += await conntrack.cut(write.lease.client, write.lease.port, this.#settings.fwmark);
+    }
+    for (const held of this.#announcements?.all() ?? []) {
+      if (held.owner !== owner) continue;
+      const failure = await this.#table.change(renderAnnouncement(held, 0));
+      if (failure) this.#blame(failure);
+      else this.#announcements?.remove(held);
     }
     const capabilities = owner === 'v1' ? [] : (this.#capabilities?.revoke(owner) ?? []);
     if (capabilities.length > 0) {

@@ -202,6 +202,7 @@ export async function startRouter(settings: RouterSettings, log: Log): Promise<R
     datagrams: udpDatagrams(),
     addresses: systemAddresses,
     conntrack: systemConntrack(sysctl),
+    listeners: tcpListeners,
     upkeep: upkeep(log, sysctl, firewall, settings),
     openTunnels,
   });

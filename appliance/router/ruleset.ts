@@ -12,6 +12,7 @@ import {
 } from '../protocol/address.ts';
 import { MESSAGE_BYTES } from '../protocol/control.ts';
 import { LEGACY_BYTES } from '../protocol/legacy.ts';
+import { type Announcement, MOST_ANNOUNCEMENTS } from './announcements.ts';
 import { CAPABILITY_LIFETIME, type Capability, MOST_CAPABILITIES } from './capabilities.ts';
 import { GRACE, MAP_SIZE, type Owner, type Write } from './leases.ts';
 import { DENIED_BY_DEFAULT, DENIED_PORT, NEVER, onLink, type Rules } from './policy.ts';
@@ -29,14 +30,17 @@ const MAPS = { 4: 'leases4', 6: 'leases6' } as const;
 const TUNNELS = { 4: 'tunnels4', 6: 'tunnels6' } as const;
 /** Ports to which a client's joins bring their server's address with them. */
 const AUTH = 'auth4';
+/** Ports of ours at which anybody's joins reach a server that asked for it. */
+const ANNOUNCED = { 4: 'announced4', 6: 'announced6' } as const;
 /** Facts that a later daemon, or `detour cleanup`, must know: comments of this set's elements. */
 const MEMORY = 'memory';
-const kept = ({ vpn, inband }: RulesetConfig): readonly string[] => [
+const kept = ({ vpn, inband, announce }: RulesetConfig): readonly string[] => [
   MAPS[4],
   MAPS[6],
   MEMORY,
   ...(vpn ? [TUNNELS[4], TUNNELS[6]] : []),
   ...(inband ? [AUTH] : []),
+  ...(announce.length > 0 ? [ANNOUNCED[4], ANNOUNCED[6]] : []),
 ];
 
 /** Datagrams per second from one address (or IPv6 /64) that reach the daemon, and the burst above it. */
@@ -44,6 +48,11 @@ const CONTROL_RATE = 'limit rate over 50/second burst 100 packets';
 /** docs/protocol.md, Quotas. */
 const SYN_RATE = 'limit rate over 50/second burst 100 packets';
 const FLOWS_PER_CLIENT = 1024;
+/** Who joins through an announced port has no key: a client opens few paths, a port serves many clients. */
+const ANNOUNCED_RATE = {
+  CLIENT: 'limit rate over 10/second burst 20 packets',
+  PORT: 'limit rate over 200/second burst 400 packets',
+};
 const UDP_HEADER = 8;
 /** Seconds: half-open entries go quickly, idle ones after RFC 5382's 2 h 4 min. The host's own defaults stay. */
 const TIMEOUTS = 'syn_sent : 20, syn_recv : 30, established : 7440';
@@ -65,6 +74,8 @@ export type RulesetConfig = {
   readonly vpn: string | null;
   /** Whether joins may bring their server's address with them. */
   readonly inband: boolean;
+  /** Ports that servers may ask for; empty for none. */
+  readonly announce: readonly PortRange[];
 };
 
 /** UDP port inside tunnels that answers "port unreachable": so a client finds out which packets pass (RFC 863, discard). */
@@ -89,6 +100,8 @@ export const COUNTERS = [
   'tunnelled_syn',
   'inband_malformed',
   'inband_syn',
+  'announced_rate',
+  'announced_syn',
 ] as const;
 
 const hex = (value: number): string => `0x${(value >>> 0).toString(16).padStart(8, '0')}`;
@@ -284,8 +297,22 @@ function inbandSyn(): Chain {
   };
 }
 
+const portSet = (ranges: readonly PortRange[]): string =>
+  `{ ${ranges.map(({ first, last }) => (first === last ? first : `${first}-${last}`)).join(', ')} }`;
+
+/** What the limits are for joins of those who hold no key. */
+const announcedSyn: Chain = {
+  name: 'syn_announced',
+  hook: null,
+  rules: [
+    `update @announced_client4 { ip saddr ${ANNOUNCED_RATE.CLIENT} } ${drop('announced_rate')}`,
+    `update @announced_client6 { ip6 saddr & ffff:ffff:ffff:ffff:: ${ANNOUNCED_RATE.CLIENT} } ${drop('announced_rate')}`,
+    `update @announced_port { tcp dport ${ANNOUNCED_RATE.PORT} } ${drop('announced_rate')}`,
+  ],
+};
+
 function chains(config: RulesetConfig): Chain[] {
-  const { listen, ports, fwmark, rules, vpn, inband } = config;
+  const { listen, ports, fwmark, rules, vpn, inband, announce } = config;
   const control = listen.port;
   /** A rule about the tunnels' interface, where there is one. */
   const tunnel = (rule: string): string[] => (vpn === null ? [] : [rule.replace('VPN', `"${vpn}"`)]);
@@ -296,6 +323,15 @@ function chains(config: RulesetConfig): Chain[] {
   const option = relayedOption(config.relay);
   const leased = (family: 'ip' | 'ip6', map: string): string => `${family} saddr . tcp dport @${map}`;
   const authorised = leased('ip', AUTH);
+  /** Matches of joins to announced ports by family, with what is to become of them; none where no port may be. */
+  const announced = (verdict: (family: 'ip' | 'ip6', map: string) => string): string[] =>
+    announce.length === 0
+      ? []
+      : (['ip', 'ip6'] as const).map((family) => {
+          const map = family === 'ip' ? ANNOUNCED[4] : ANNOUNCED[6];
+          const to = `tcp dport ${portSet(announce)} ${SYN} fib daddr type local ${JOIN}`;
+          return `meta nfproto ${family === 'ip' ? 'ipv4' : 'ipv6'} ${to} tcp dport @${map} ${verdict(family, map)}`;
+        });
   const legacyLength = UDP_HEADER + LEGACY_BYTES;
   const denied: string[] = [
     `fib daddr type != unicast ${drop('destination_denied')}`,
@@ -315,6 +351,7 @@ function chains(config: RulesetConfig): Chain[] {
   ];
   return [
     ...(vpn === null ? [] : tunnelChains(config)),
+    ...(announce.length > 0 ? [announcedSyn] : []),
     ...(inband ? [inbandSyn(), { name: TO_OPTION.chain, hook: null, rules: [] }] : []),
     {
       name: 'control',
@@ -365,7 +402,13 @@ function chains(config: RulesetConfig): Chain[] {
     {
       name: 'raw_in',
       hook: 'type filter hook prerouting priority raw; policy accept;',
-      rules: [...tunnel('iifname VPN goto tunnel_in'), NO_SYN, `${toControl} goto control`, `${toLease} goto syn`],
+      rules: [
+        ...tunnel('iifname VPN goto tunnel_in'),
+        NO_SYN,
+        `${toControl} goto control`,
+        `${toLease} goto syn`,
+        ...announced(() => 'goto syn_announced'),
+      ],
     },
     {
       name: 'raw_out',
@@ -391,6 +434,7 @@ function chains(config: RulesetConfig): Chain[] {
         `${toLease} ct state new ${leased('ip', MAPS[4])} goto admit`,
         `${toLease} ct state new ${leased('ip6', MAPS[6])} goto admit`,
         ...(inband ? [`${toLease} ct state new ${authorised} goto admit`] : []),
+        ...announced(() => 'ct state new goto admit'),
       ],
     },
     {
@@ -410,6 +454,9 @@ function chains(config: RulesetConfig): Chain[] {
                 `goto ${TO_OPTION.chain}`,
             ]
           : []),
+        ...announced(
+          (family, map) => `counter name announced_syn ${setMark(fwmark)} dnat ${family} to tcp dport map @${map}`,
+        ),
       ],
     },
     {
@@ -482,7 +529,7 @@ export function readNames(lines: readonly string[]): TableNames {
  * set with one field to its key: a set that nft 1.1.3 (our image) declares by `type` makes nft 1.0.6 (Debian 12, maybe the
  * host) crash when it lists anything at all.
  */
-function lasting(vpn = false, inband = false): string[] {
+function lasting(vpn = false, inband = false, announce = false): string[] {
   return [
     `add table ${TABLE}`,
     `add map ${TABLE} ${MAPS[4]} { type ipv4_addr . inet_service : ipv4_addr . inet_service; flags timeout; size ${MAP_SIZE}; }`,
@@ -496,6 +543,12 @@ function lasting(vpn = false, inband = false): string[] {
       : []),
     ...(inband
       ? [`add set ${TABLE} ${AUTH} { type ipv4_addr . inet_service; flags timeout; size ${2 * MOST_CAPABILITIES}; }`]
+      : []),
+    ...(announce
+      ? [
+          `add map ${TABLE} ${ANNOUNCED[4]} { typeof tcp dport : ip daddr . tcp dport; flags timeout; size ${2 * MOST_ANNOUNCEMENTS}; }`,
+          `add map ${TABLE} ${ANNOUNCED[6]} { typeof tcp dport : ip6 daddr . tcp dport; flags timeout; size ${2 * MOST_ANNOUNCEMENTS}; }`,
+        ]
       : []),
   ];
 }
@@ -524,6 +577,13 @@ export function renderStatic(config: RulesetConfig, present: TableNames | null):
     meter('syn6', 'ip6 saddr', perSecond),
     meter('flows4', 'ip saddr', 'flags dynamic;'),
     meter('flows6', 'ip6 saddr', 'flags dynamic;'),
+    ...(config.announce.length === 0
+      ? []
+      : [
+          meter('announced_client4', 'ip saddr', perSecond),
+          meter('announced_client6', 'ip6 saddr', perSecond),
+          meter('announced_port', 'tcp dport', perSecond),
+        ]),
     ...(config.vpn === null
       ? []
       : (['control', 'syn', 'flows'] as const).flatMap((what) => {
@@ -539,7 +599,7 @@ export function renderStatic(config: RulesetConfig, present: TableNames | null):
   ];
   const all = chains(config);
   return lines([
-    ...lasting(config.vpn !== null, config.inband),
+    ...lasting(config.vpn !== null, config.inband, config.announce.length > 0),
     ...removed,
     ...added,
     ...all.map(({ name, hook }) => `add chain ${TABLE} ${name}${hook === null ? '' : ` { ${hook} }`}`),
@@ -836,3 +896,41 @@ export const renderCapabilities = (
 ): string =>
   lines([`flush set ${TABLE} ${AUTH}`]) +
   all.map(({ capability, lifetime }) => renderCapability(capability, true, lifetime)).join('');
+
+/** An announcement as the kernel holds it; `remaining` seconds. */
+export type AnnouncementElement = Omit<Announcement, 'expires'> & { readonly remaining: number };
+
+/** Where the announcements of a family are, as names of table and map. */
+export const announcedMap = (family: 4 | 6): { readonly table: string; readonly map: string } => ({
+  table: leaseMap(family).table,
+  map: ANNOUNCED[family],
+});
+
+/** The commands that lead joins to a server for `lifetime` seconds and a little more, or with 0 no longer, whether they did before or not. */
+export function renderAnnouncement({ owner, server }: Omit<Announcement, 'expires'>, lifetime: number): string {
+  const { address, port } = server;
+  const map = `${TABLE} ${ANNOUNCED[address.family]}`;
+  const add = `add element ${map} { ${port} timeout ${lifetime + GRACE}s comment "${comment(owner)}" : ${formatAddress(address)} . ${port} }`;
+  const remove = `delete element ${map} { ${port} }`;
+  return lines(lifetime === 0 ? [add, remove] : [add, remove, add]);
+}
+
+/** The transaction after which these are led through and no others, each for so many seconds and a little more. */
+export const renderAnnouncements = (
+  all: readonly { readonly announcement: Announcement; readonly lifetime: number }[],
+): string =>
+  lines([`flush map ${TABLE} ${ANNOUNCED[4]}`, `flush map ${TABLE} ${ANNOUNCED[6]}`]) +
+  all.map(({ announcement, lifetime }) => renderAnnouncement(announcement, lifetime)).join('');
+
+/** The announcement that an element of a family's map is; null for what nobody of ours can have put there. */
+export function readAnnouncement(
+  family: 4 | 6,
+  { key, data, remaining, comment: text }: Found,
+): AnnouncementElement | null {
+  const owner = ownerOf(text);
+  const width = ADDRESS_BYTES[family];
+  if (typeof owner !== 'number' || remaining === null || data.length !== width + PORT_BYTES || key.length < 2)
+    return null;
+  const server = { address: new AddressBook().read(family, data), port: portIn(data, width) };
+  return server.port === portIn(key, 0) && server.address.family === family ? { owner, server, remaining } : null;
+}

@@ -6,6 +6,7 @@ import {
   defaultRetryAfter,
   deriveKeys,
   encodeResponse,
+  FLAG_ANNOUNCED,
   FLAG_PEER,
   type Keys,
   PROTOCOL_TCP,
@@ -156,6 +157,13 @@ export class Router {
           expiresInSeconds: Math.max(0, Math.round((expires - now) / 1000)),
         })),
       }),
+      ...(this.#keeper.announcements && {
+        announced: this.#keeper.announcements.map(({ owner, server, expires }) => ({
+          key: hexKey(owner),
+          server: formatEndpoint(server),
+          expiresInSeconds: Math.max(0, Math.round((expires - now) / 1000)),
+        })),
+      }),
       clients: [...clients].slice(0, STATUS_LEASES).map(([address, held]) => ({ address, leases: held })),
       flowCount: flows?.count ?? null,
       flows: (flows?.first ?? []).map(({ client, port, destination, state }) => ({
@@ -291,7 +299,8 @@ export class Router {
       this.#serveTunnel(conversation);
       return;
     }
-    if (type !== TYPE.LEASE && type !== TYPE.RELEASE) {
+    const isAnnouncement = type === TYPE.ANNOUNCE || (type === TYPE.RELEASE && request.flags === FLAG_ANNOUNCED);
+    if (type !== TYPE.LEASE && type !== TYPE.RELEASE && !isAnnouncement) {
       this.#refuse(conversation, 'UNSUPPORTED');
       return;
     }
@@ -304,6 +313,10 @@ export class Router {
       return;
     }
     const client = datagram.from.address;
+    if (isAnnouncement) {
+      this.#serveServer(conversation, destination);
+      return;
+    }
     if (type === TYPE.LEASE) {
       const refusal = this.#admit(destination, client);
       if (refusal) {
@@ -324,6 +337,35 @@ export class Router {
         // Revoked while it waited: its holder is a stranger now.
         if (this.#keys.get(request.keyId)?.keys === conversation.keys)
           this.#answer(conversation, result, lifetime, port);
+      },
+    });
+  }
+
+  /** A server asks that anybody's joins be led to it, or no longer. */
+  #serveServer(conversation: Conversation, server: Endpoint): void {
+    const { request, keys, datagram } = conversation;
+    const { announce } = this.#settings;
+    if (announce.length === 0) {
+      this.#refuse(conversation, 'UNSUPPORTED');
+      return;
+    }
+    if (request.type === TYPE.ANNOUNCE) {
+      const refusal = this.#admit(server, datagram.from.address);
+      const isOwn = sameAddress(server.address, datagram.from.address);
+      const isOpen = announce.some(({ first, last }) => first <= server.port && server.port <= last);
+      if (refusal || !isOwn || !isOpen) {
+        this.#refuse(conversation, refusal ?? 'DENIED_DESTINATION');
+        return;
+      }
+    }
+    this.#keeper.submit({
+      kind: 'announcement',
+      withdrawn: request.type === TYPE.RELEASE,
+      ask: { owner: request.keyId, server, lifetime: request.lifetime },
+      answer: (result, lifetime) => {
+        const isGranted = result === RESULT.OK && request.type === TYPE.ANNOUNCE;
+        if (this.#keys.get(request.keyId)?.keys === keys)
+          this.#answer(conversation, result, lifetime, isGranted ? server.port : 0);
       },
     });
   }

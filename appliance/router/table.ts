@@ -3,6 +3,8 @@ import type { Capability } from './capabilities.ts';
 import type { Lease, Write } from './leases.ts';
 import {
   AddressBook,
+  type AnnouncementElement,
+  announcedMap,
   CAPABILITY_SET,
   type CapabilityElement,
   chainNames,
@@ -18,6 +20,7 @@ import {
   PROBE,
   REMOVE_TABLE,
   type RulesetConfig,
+  readAnnouncement,
   readCapability,
   readCounters,
   readElement,
@@ -171,6 +174,17 @@ export class Table {
     const { table, map } = CAPABILITY_SET;
     const failure = await this.#nft.dump(table, map, (element) => found.push(readCapability(element)));
     return failure ?? found;
+  }
+
+  /** The announcements that joins are led by, each at least once. Null stands for one that nobody of ours put there. */
+  async announcements(): Promise<readonly (AnnouncementElement | null)[] | NftFailure> {
+    const found: (AnnouncementElement | null)[] = [];
+    for (const family of [4, 6] as const) {
+      const { table, map } = announcedMap(family);
+      const failure = await this.#nft.dump(table, map, (element) => found.push(readAnnouncement(family, element)));
+      if (failure) return failure;
+    }
+    return found;
   }
 
   /** Lets these clients name their servers, in one transaction; `instead` lose it. */

@@ -21,6 +21,7 @@ function bytesOf(text: string): Uint8Array {
   const [host = '', port = ''] = text.split(' . ');
   // The elements of a set have no data.
   if (text === '') return new Uint8Array(0);
+  if (/^\d+$/.test(text)) return new Uint8Array([Number(text) >> 8, Number(text) & 255, 0, 0]);
   const address = parseAddress(host);
   if (!address) throw new Error(`no address: ${text}`);
   const bytes = new Uint8Array(20);

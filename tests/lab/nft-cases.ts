@@ -68,6 +68,7 @@ export function config(over: Partial<RulesetConfig> = {}): RulesetConfig {
     timeouts: true,
     vpn: null,
     inband: false,
+    announce: [],
     ...over,
   };
 }
@@ -122,6 +123,7 @@ export function nftCases(open: () => Promise<{ nft: Nft; elapse: (ms: number) =>
         legacyV1: relay === 'join',
         vpn: relay === 'mptcp' ? null : 'detour-vpn',
         inband: relay !== 'tcp',
+        announce: relay === 'mptcp' ? [] : [443, 8443].map((port) => ({ first: port, last: port + 1 })),
       });
       expect(await nft.run(renderStatic(wanted, null))).toBeNull();
       const first = await lines(nft, LIST_RULES);

@@ -73,6 +73,7 @@ class World {
         rescue: false,
         providers: ['host', 'docker'],
         mptcpify: 'labelled',
+        announcing: null,
         sysctlRoot: '/proc/sys',
         ...settings,
       },
@@ -94,6 +95,9 @@ class World {
             };
           },
         ],
+        openAnnouncing: () => {
+          throw new Error('nothing is announced');
+        },
         mptcpify: { groups: this.groups, openSwitches, isPinned: () => isPinned },
         version: 'test',
       },

@@ -158,6 +158,7 @@ class Pair {
         leaseTime: 600_000,
         legacyV1: false,
         inband: false,
+        announce: [],
         onExit: 'keep',
         vpn: null,
         ...settings,
@@ -179,6 +180,7 @@ class Pair {
           flows: async () => ({ count: 0, first: [] }),
           cut: async () => 0,
         },
+        listeners: async () => [],
         upkeep: async () => ({ v4: null, v6: null }),
         openTunnels: () => machine.tunnels,
       },
@@ -212,6 +214,7 @@ class Pair {
         providers: ['host'],
         sides: ['client'],
         mptcpify: 'off',
+        announcing: null,
         sysctlRoot: '/proc/sys',
         ...settings,
       },
@@ -262,6 +265,9 @@ class Pair {
           close: () => undefined,
         }),
         providers: [],
+        openAnnouncing: () => {
+          throw new Error('nothing is announced');
+        },
         mptcpify: { groups: new FakeGroups(), openSwitches: () => new FakeSwitches(), isPinned: () => false },
         version: 'test',
       },
@@ -903,7 +909,12 @@ describe('tunnels', () => {
       ports: {
         ...pair.tunnels,
         place: 'own',
-        nft: { run: async () => null, list: async () => null, dump: async () => null, translateToOption: async () => null },
+        nft: {
+          run: async () => null,
+          list: async () => null,
+          dump: async () => null,
+          translateToOption: async () => null,
+        },
       },
       route: async () => null,
       entrance: () => ({ detour: 'd1', endpoint: at }),

@@ -12,6 +12,7 @@ import {
 } from '../../appliance/protocol/address.ts';
 import {
   encodeRequest,
+  FLAG_ANNOUNCED,
   PROTOCOL_TCP,
   type Response,
   resultName,
@@ -52,6 +53,7 @@ const SETTINGS: RouterSettings = {
   leaseTime: 3_600_000,
   legacyV1: false,
   inband: false,
+  announce: [],
   fwmark: { mark: 0xd7000000, mask: 0xff000000 },
   onExit: 'keep',
   vpn: null,
@@ -80,6 +82,7 @@ class Bench {
   ];
   gateways: Address[] = [address('80.0.0.254')];
   usage = { used: 0, max: 1000 };
+  listening: number[] = [];
   readonly cuts: { client: Address; port: number | null }[] = [];
   forwarding: Forwarding = { v4: null, v6: null };
   readonly #running: Router[] = [];
@@ -103,6 +106,7 @@ class Bench {
       datagrams: this.network.host([DETOUR.v4, DETOUR.v6]),
       addresses,
       conntrack,
+      listeners: async () => this.listening,
       upkeep: async () => this.forwarding,
       openTunnels: () => this.tunnels,
     };
@@ -1236,5 +1240,99 @@ describe('in-band transit', () => {
     await bench.start();
     expect(nft.rules('syn').join()).not.toContain('auth4');
     expect((await client.hello())?.capabilityPort).toBe(0);
+  });
+});
+
+describe('announcements', () => {
+  const HOST = '93.184.216.34';
+  const HOST6 = '2606:2800::1';
+  const PORTS = [
+    { first: 443, last: 443 },
+    { first: 8000, last: 8009 },
+  ];
+  const at = (port: number, host = HOST): Endpoint => ({ address: address(host), port });
+  const announce = (speaker: Speaker, server: Endpoint, over: object = {}): Promise<Response | null> =>
+    speaker.ask(TYPE.ANNOUNCE, { destination: server, protocol: PROTOCOL_TCP, lifetime: 600, ...over });
+  const withdraw = (speaker: Speaker, server: Endpoint): Promise<Response | null> =>
+    speaker.ask(TYPE.RELEASE, { destination: server, protocol: PROTOCOL_TCP, flags: FLAG_ANNOUNCED });
+
+  it('are UNSUPPORTED unless the operator names ports', async () => {
+    fresh();
+    await bench.start();
+    const server = await bench.client(HOST);
+    expect(resultOf(await announce(server, at(443)))).toBe('UNSUPPORTED');
+    expect(resultOf(await withdraw(server, at(443)))).toBe('UNSUPPORTED');
+  });
+
+  it('are made at the port of the server, renewed, and taken back', async () => {
+    const { nft, clock } = fresh();
+    const router = await bench.start({ announce: PORTS });
+    const server = await bench.client(HOST);
+    expect(await announce(server, at(443))).toMatchObject({ result: 0, port: 443, lifetime: 600 });
+    expect([...nft.elements('announced4')]).toEqual([['443', `${HOST} . 443`]]);
+    expect(nft.remaining('announced4', '443')).toBe(605);
+    await clock.advance(100_000);
+    expect(await announce(server, at(443))).toMatchObject({ result: 0, lifetime: 600 });
+    expect(nft.remaining('announced4', '443')).toBe(605);
+    expect(await router.status()).toMatchObject({ announced: [{ key: '00000001', server: `${HOST}:443` }] });
+    expect(await withdraw(server, at(443))).toMatchObject({ result: 0, port: 0 });
+    expect(nft.elements('announced4').size).toBe(0);
+    expect(await withdraw(server, at(443))).toMatchObject({ result: 0 });
+    const server6 = await bench.client(HOST6);
+    expect(await announce(server6, at(8001, HOST6))).toMatchObject({ result: 0, port: 8001 });
+    expect([...nft.elements('announced6')]).toEqual([['8001', `${HOST6} . 8001`]]);
+    await clock.advance(610_000);
+    expect(nft.elements('announced6').size).toBe(0);
+    expect(await router.status()).toMatchObject({ announced: [] });
+  });
+
+  it('are for the server’s own address and the operator’s ports, where nothing listens', async () => {
+    const { nft } = fresh();
+    await bench.start({ announce: PORTS });
+    const server = await bench.client(HOST);
+    expect(resultOf(await announce(server, at(443, '93.184.216.35')))).toBe('DENIED_DESTINATION');
+    expect(resultOf(await announce(server, at(444)))).toBe('DENIED_DESTINATION');
+    expect(resultOf(await announce(server, at(0)))).toBe('MALFORMED');
+    expect(resultOf(await announce(server, at(443), { protocol: 17 }))).toBe('UNSUPPORTED');
+    const inside = await bench.client('192.168.1.2');
+    expect(resultOf(await announce(inside, at(443, '192.168.1.2')))).toBe('DENIED_DESTINATION');
+    bench.listening = [443];
+    expect(resultOf(await announce(server, at(443)))).toBe('NO_RESOURCES');
+    expect(nft.elements('announced4').size).toBe(0);
+  });
+
+  it('belong to the first server and key that asks', async () => {
+    const { nft, clock } = fresh();
+    await bench.start({ announce: PORTS });
+    const first = await bench.client(HOST);
+    await announce(first, at(443));
+    const other = await bench.client('93.184.216.35', 2);
+    expect(resultOf(await announce(other, at(443, '93.184.216.35')))).toBe('NO_RESOURCES');
+    expect(await withdraw(other, at(443))).toMatchObject({ result: 0 });
+    const stolen = await bench.client(HOST, 2);
+    expect(resultOf(await announce(stolen, at(443)))).toBe('NO_RESOURCES');
+    expect([...nft.elements('announced4')]).toEqual([['443', `${HOST} . 443`]]);
+    for (let port = 8000; port < 8007; port++) expect(resultOf(await announce(first, at(port)))).toBe('OK');
+    expect(resultOf(await announce(first, at(8007)))).toBe('QUOTA');
+    await clock.advance(606_000);
+    const later = await bench.client('93.184.216.35', 2);
+    expect(resultOf(await announce(later, at(443, '93.184.216.35')))).toBe('OK');
+  });
+
+  it('outlive a restart, a flush and not their key', async () => {
+    const { nft, clock } = fresh();
+    const first = await bench.start({ announce: PORTS });
+    await announce(await bench.client(HOST), at(443));
+    await announce(await bench.client('93.184.216.35', 2), at(8000, '93.184.216.35'));
+    const drained = first.drain();
+    await clock.advance(5_000);
+    await drained;
+    const second = await bench.start({ announce: PORTS });
+    expect(nft.elements('announced4').size).toBe(2);
+    nft.flushRuleset();
+    await clock.advance(40_000);
+    expect(nft.elements('announced4').size).toBe(2);
+    await second.reload([key(1)]);
+    expect([...nft.elements('announced4').keys()]).toEqual(['443']);
   });
 });

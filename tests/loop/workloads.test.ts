@@ -106,6 +106,7 @@ class Node {
         rescue: false,
         providers,
         mptcpify: 'off',
+        announcing: null,
         sysctlRoot: '/proc/sys',
       },
       {
@@ -127,6 +128,9 @@ class Node {
             return { status: () => this.status, stop: () => undefined };
           },
         ],
+        openAnnouncing: () => {
+          throw new Error('nothing is announced');
+        },
         mptcpify: {
           groups: new FakeGroups(),
           openSwitches: () => {

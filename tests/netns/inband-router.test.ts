@@ -11,12 +11,13 @@ function naming(address: string, port: number): string {
 }
 const MSS = '020405b4';
 const HERE = naming(SERVER.ip, 5001);
-const OTHER_DETOUR = '10.87.2.3';
+const OTHER_DETOUR = '10.99.0.5';
 
 describe.runIf(requireRoot('tests of in-band transit'))('joins that name their server', () => {
   let stage: Stage;
   let program: Running;
   let port: number;
+  let askedAt = Number.NEGATIVE_INFINITY;
   let source = 41_000;
   /** Joins that arrive at the server, from the router. */
   let joins: () => Promise<number>;
@@ -25,12 +26,22 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
 
   beforeAll(async () => {
     stage = await Stage.create('router.inband');
-    program = await stage.start({ DETOUR_INBAND: 'on', DETOUR_DENY: `${OTHER_DETOUR}/32` });
+    program = await stage.start({
+      DETOUR_INBAND: 'on',
+      DETOUR_ALLOW: '10.87.2.0/30,10.99.0.0/24',
+      DETOUR_DENY: `${OTHER_DETOUR}/32`,
+    });
+    // What policy does not stop would get to the server's host.
+    await stage.router.route('default via 10.87.2.2');
+    await listen(stage.router, '10.87.2.1', 6000);
+    await listen(stage.server, SERVER.ip, 5051, 5060);
     await stage.server.nft(
       'add table inet count\nadd counter inet count joins\nadd counter inet count options\n' +
         'add chain inet count in { type filter hook prerouting priority -400; }\n' +
         'add rule inet count in ip saddr 10.87.2.1 tcp option mptcp subtype 1 counter name joins\n' +
-        'add rule inet count in tcp option @253,0,8 253 counter name options\n',
+        'add rule inet count in tcp option @253,0,8 253 counter name options\n' +
+        // A server that says nothing, not even no.
+        'add chain inet count mute { type filter hook input priority 0; }\nadd rule inet count mute tcp dport 5050 drop\n',
     );
     const counted = (name: string) => async () =>
       Number(/packets (\d+)/.exec(await stage.server.exec(['nft', 'list', 'counter', 'inet', 'count', name]))?.[1]);
@@ -39,7 +50,10 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
   });
   afterAll(async () => stage?.[Symbol.asyncDispose]());
   beforeEach(async () => {
+    // It is good for two minutes.
+    if (performance.now() - askedAt < 60_000) return;
     const [answer] = await stage.speak(['ping']);
+    askedAt = performance.now();
     port = answer?.capabilityPort ?? 0;
     expect(port).toBeGreaterThanOrEqual(20_000);
   });
@@ -108,9 +122,9 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
     await stage.client.exec(['ip', 'addr', 'replace', '10.87.1.9/32', 'dev', 'c0']);
     await stage.router.exec(['ip', 'route', 'replace', '10.87.1.9/32', 'dev', 'r0']);
     await stage.grows('syn_without_lease', 1, () => send(`${MSS}J${HERE}`, port, '10.87.1.9'));
-    await stage.grows('syn_without_lease', 50, async () => {
-      const first = port < 25_000 ? port + 1 : port - 50;
-      for (let guess = first; guess < first + 50; guess++) await send(`${MSS}J${HERE}`, guess);
+    await stage.grows('syn_without_lease', 5, async () => {
+      const first = port < 25_000 ? port + 1 : port - 5;
+      for (let guess = first; guess < first + 5; guess++) await send(`${MSS}J${HERE}`, guess);
     });
     await stage.settled();
     expect(await joins()).toBe(before);
@@ -126,7 +140,6 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
 
   it('cannot name what policy denies: the kernel asks after translation', async () => {
     const before = await joins();
-    await listen(stage.router, '10.87.2.1', 6000);
     for (const own of ['10.87.2.1', ROUTER.ip]) {
       await stage.grows('input_guarded', 1, () => send(`${MSS}J${naming(own, 6000)}`));
     }
@@ -137,7 +150,7 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
       await stage.grows('destination_denied', 1, () => send(`${MSS}J${what}`));
     }
     // Where routing already says no, or the address is nobody's: nothing arrives anywhere.
-    const nowhere = ['127.0.0.1', '0.0.0.0', '169.254.169.254', '224.0.0.5', '255.255.255.255', '10.87.2.255'];
+    const nowhere = ['127.0.0.1', '0.0.0.0', '169.254.169.254', '224.0.0.5', '255.255.255.255', '10.87.2.3'];
     for (const to of nowhere) await send(`${MSS}J${naming(to, 6000)}`);
     await stage.settled();
     expect(await joins()).toBe(before);
@@ -148,7 +161,6 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
     const same = source++;
     await stage.packets('tcp', CLIENT.ip, ROUTER.ip, same, port, 'S', `${MSS}J${naming(SERVER.ip, 5050)}`);
     await waitUntil(async () => (await first()) === 1, { deadlineMs: 5_000, what: 'the join' });
-    await listen(stage.server, SERVER.ip, 5051);
     const second = await stage.watch(stage.server, 'tcp dport 5051');
     await stage.packets('tcp', CLIENT.ip, ROUTER.ip, same, port, 'S', `${MSS}J${naming(SERVER.ip, 5051)}`);
     await stage.settled();
@@ -156,7 +168,6 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
   });
 
   it('get no answer from a server that does not speak Multipath TCP', async () => {
-    await listen(stage.server, SERVER.ip, 5060);
     const heard = await stage.watch(stage.client, 'tcp sport >= 20000 tcp flags & (syn|ack) == (syn|ack)');
     await stage.grows('answer_refused', 1, () => send(`${MSS}J${naming(SERVER.ip, 5060)}`));
     expect(await heard()).toBe(0);

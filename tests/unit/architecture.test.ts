@@ -12,7 +12,7 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   [/^cli\.ts$/, 'entry'],
   [/^(router|client)\/main\.ts$/, 'entry'],
   [/^protocol\//, 'protocol'],
-  [/^router\/(policy|leases|capabilities|ruleset|tunnels)\.ts$/, 'pure'],
+  [/^router\/(policy|leases|capabilities|announcements|ruleset|tunnels)\.ts$/, 'pure'],
   [
     /^client\/(manager|explain|state|joins|slots|repair|revival|roaming|spares|interfaces|adoption|fleet|listing|paths|worth)\.ts$/,
     'pure',
@@ -20,7 +20,7 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   [/^client\/(rescue|redirect|workloads|switches|enrolment|numbering|guard)\.ts$/, 'pure'],
   [/^router\/(server|keeper|gateway|table|notices)\.ts$/, 'shell'],
   [
-    /^client\/(daemon|agent|report|metrics|detours|tunnels|sources|names|loader|limits|mptcpify|rescuer|provider|docker|kubernetes)\.ts$/,
+    /^client\/(daemon|agent|announcer|report|metrics|detours|tunnels|sources|names|loader|limits|mptcpify|rescuer|provider|docker|kubernetes)\.ts$/,
     'shell',
   ],
   [/^kernel\//, 'kernel'],

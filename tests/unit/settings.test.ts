@@ -61,6 +61,7 @@ describe('defaults of the contract', () => {
       leaseTime: 600_000,
       legacyV1: false,
       inband: false,
+      announce: [],
       onExit: 'keep',
       vpn: null,
       http: { address: { family: 4, value: 0x7f000001n }, port: 9467 },
@@ -88,6 +89,7 @@ describe('defaults of the contract', () => {
       providers: ['host'],
       sides: ['client'],
       mptcpify: 'off',
+      announcing: null,
       sysctlRoot: '/proc/sys',
       http: { address: { family: 4, value: 0x7f000001n }, port: 9468 },
       socket: '/run/detour/client.sock',
@@ -274,6 +276,8 @@ describe('one rule, one line', () => {
     ['DETOUR_LOG_FORMAT', 'xml', /one of json/],
     ['DETOUR_ON_EXIT', 'burn', /one of keep/],
     ['DETOUR_INBAND', 'maybe', /on or off/],
+    ['DETOUR_ANNOUNCE_PORTS', '443,x', /no PORT or FIRST-LAST/],
+    ['DETOUR_ANNOUNCE_PORTS', '443,25000', /overlaps with DETOUR_PORTS/],
     ['DETOUR_VPN', 'openvpn', /must be one of off, wireguard/],
     ['DETOUR_VPN_NETWORK', '10.0.0.0/7', /not from 8 to 30/],
     ['DETOUR_VPN_NETWORK', '10.215.0.0/31', /not from 8 to 30/],
@@ -340,7 +344,11 @@ describe('one rule, one line', () => {
     ['DETOUR_ROLE', 'servers', /must be one of client, server/],
     ['DETOUR_ROLE', 'client,client', /one of them twice/],
     ['DETOUR_ROLE', ' ', /names no role/],
-    ['DETOUR_ANNOUNCE', 'on', /not available in this version/],
+    ['DETOUR_ANNOUNCE', 'on', /needs DETOUR_ROLE=server/],
+    ['DETOUR_ANNOUNCE', 'maybe', /off, on, or ports/],
+    ['DETOUR_ANNOUNCE', '443,443', /a port twice/],
+    ['DETOUR_ANNOUNCE', '0', /off, on, or ports/],
+    ['DETOUR_ANNOUNCE', '1,2,3,4,5,6,7,8,9', /at most 8/],
   ])('client: %s=%s', (name, value, rule) => {
     const found = lines(() => client({ [name]: value }));
     expect(found).toHaveLength(1);
