@@ -569,7 +569,7 @@ export const TABLE = {
     default: 'off',
     doc:
       'Accept in-band transit: joins over IPv4 that bring the address of their server with them, in a TCP option, to a port of `DETOUR_PORTS` of the ' +
-      "client's own. No lease and no state for each server; see docs/inband.md.",
+      "client's own. No lease and no state for each server; docs/protocol.md has what is sent. Our own client does not send it yet.",
     example: 'on',
     parse: flag,
   }),

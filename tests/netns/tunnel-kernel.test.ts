@@ -88,9 +88,12 @@ describe.runIf(requireRoot('tests of tunnels in the kernel'))('interfaces, rules
   });
 });
 
-describe.runIf(requireRoot('a comparison with Python'))('messages about tunnels', () => {
-  it('are those that a program made that shares nothing with this one', () => {
-    const made = execFileSync('python3', [new URL('tunnel-v2.py', VECTORS).pathname], { encoding: 'utf8' });
-    expect(JSON.parse(made)).toEqual(JSON.parse(readFileSync(new URL('tunnel-v2.json', VECTORS), 'utf8')));
-  });
+describe.runIf(requireRoot('a comparison with Python'))('the vectors of the control protocol', () => {
+  it.each(['tunnel-v2', 'announce-v2'])(
+    '%s are those that a program made that shares nothing with this one',
+    (name) => {
+      const made = execFileSync('python3', [new URL(`${name}.py`, VECTORS).pathname], { encoding: 'utf8' });
+      expect(JSON.parse(made)).toEqual(JSON.parse(readFileSync(new URL(`${name}.json`, VECTORS), 'utf8')));
+    },
+  );
 });
