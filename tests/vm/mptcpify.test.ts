@@ -63,6 +63,10 @@ const bpfLeft = (): string[] => [
   ...(existsSync(PINS) ? readdirSync(PINS) : []),
 ];
 
+/** The kernel frees a program some time after nobody holds it any more. */
+const nothingIsLeft = (): Promise<unknown> =>
+  waitUntil(() => bpfLeft().length === 0, { deadlineMs: 10_000, what: 'what is ours of BPF to be gone' });
+
 describe.runIf(requireVm('tests of what becomes Multipath TCP'))('an unmodified program', () => {
   let lab: Lab;
   let host: Host;
@@ -73,7 +77,7 @@ describe.runIf(requireVm('tests of what becomes Multipath TCP'))('an unmodified 
     await loadModules();
     lab = await Lab.create('bpf');
     host = await lab.host('host');
-    expect(bpfLeft()).toEqual([]);
+    await nothingIsLeft();
   });
   afterAll(() => lab?.[Symbol.asyncDispose]());
 
@@ -94,7 +98,7 @@ describe.runIf(requireVm('tests of what becomes Multipath TCP'))('an unmodified 
   afterEach(async () => {
     switches?.close();
     for (const folder of folders.splice(0).reverse()) rmdirSync(folder);
-    expect(bpfLeft()).toEqual([]);
+    await nothingIsLeft();
   });
 
   it.each([
@@ -270,7 +274,7 @@ describe.runIf(requireVm('tests of detour load'))('`detour load`', () => {
   afterAll(() => world?.[Symbol.asyncDispose]());
   afterEach(async () => {
     if (existsSync(PINS)) await world.command(['unload'], { DETOUR_MPTCPIFY: 'all' });
-    expect(bpfLeft()).toEqual([]);
+    await nothingIsLeft();
     expect(await hostState(world.client)).toEqual(before);
   });
 
@@ -344,10 +348,7 @@ describe.runIf(requireVm('tests of detour load'))('`detour load`', () => {
     expect((await agent.status()).mptcpify).toMatchObject({ state: 'on', by: 'agent' });
     expect(await protocol()).toBe(MPTCP);
     await agent.program.stop('SIGKILL');
-    await waitUntil(() => bpfLeft().length === 0, {
-      deadlineMs: 10_000,
-      what: 'the program to go',
-    });
+    await nothingIsLeft();
     expect(await protocol()).toBe(TCP);
     // But the limit that it raised.
     await world.command(['cleanup', 'client']);
@@ -372,7 +373,7 @@ describe.runIf(requireVm('tests of detour load'))('`detour load`', () => {
     await load('+net_admin,+bpf,+perfmon');
     await world.command(['cleanup', 'client'], { DETOUR_MPTCPIFY: 'all' });
     expect(await protocol()).toBe(TCP);
-    expect(bpfLeft()).toEqual([]);
+    await nothingIsLeft();
     expect(await hostState(world.client)).toEqual(before);
   });
 });
@@ -462,6 +463,6 @@ http {
     expect(await mptcpSyns(world.client)).toBe(before + 1);
     await agent.program.stop();
     await stopNginx();
-    expect(bpfLeft()).toEqual([]);
+    await nothingIsLeft();
   });
 });
