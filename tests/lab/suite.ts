@@ -23,7 +23,7 @@ const PROGRAMS: ReadonlyMap<string, readonly (readonly [string, ...string[]])[]>
 
 /** What a ring's tests run inside of. It ends with LACKING, and says why, where the machine cannot. */
 const INSIDE: ReadonlyMap<string, readonly [string, ...string[]]> = new Map([
-  ['vm', [join(import.meta.dirname, 'vm.sh'), 'run', '--timeout', '1800', '--']],
+  ['vm', [join(import.meta.dirname, 'vm.sh'), 'run', '--timeout', '5400', '--']],
 ]);
 /** sysexits.h: EX_UNAVAILABLE */
 const LACKING = 69;
