@@ -1,3 +1,4 @@
+import pLimit from 'p-limit';
 import { type Address, type Endpoint, readAddress, sameAddress, writeAddress } from '../protocol/address.ts';
 import type { Namespace } from './namespaces.ts';
 import {
@@ -173,16 +174,13 @@ function inTurn(
   close(): void;
 } {
   let socket = opened;
-  let turn: Promise<unknown> = Promise.resolve();
+  const limit = pLimit(1);
   return {
-    run(task) {
-      const mine = turn.then(() => {
+    run: (task) =>
+      limit(() => {
         socket ??= open();
         return task(socket);
-      });
-      turn = mine.catch(() => undefined);
-      return mine;
-    },
+      }),
     close: () => socket?.close(),
   };
 }

@@ -1,15 +1,26 @@
+import pLimit from 'p-limit';
 import { type Address, type Prefix, readAddress, writeAddress } from '../protocol/address.ts';
 import { type Namespace, ownNamespace } from './namespaces.ts';
 import { attribute, CREATE, integer, NetlinkError, openNetlink, PROTOCOL, readAttributes, u8, u32 } from './netlink.ts';
+import {
+  AF_INET,
+  AF_INET6,
+  HELD,
+  LINK,
+  LINK_UP,
+  MESSAGE,
+  OWNER,
+  ROUTE,
+  ROUTE_LOCAL,
+  ROUTE_UNICAST,
+  RULE,
+  SCOPE_LINK,
+} from './rtnetlink.ts';
 
 /**
  * Interfaces, addresses, routes and rules that this program makes (rtnetlink). Routes and rules carry a protocol number of
- * ours, so that nothing of anybody else is ever taken for ours. Numbers: include/uapi/linux/{rtnetlink,if_link,if_addr,
- * fib_rules}.h.
+ * ours, so that nothing of anybody else is ever taken for ours.
  */
-
-/** `rtm_protocol` and `FRA_PROTOCOL` of what is ours; `ip route` shows it as "proto 215". Free in iproute2's rt_protos. */
-export const OWNER = 215;
 
 export type LinkInfo = {
   readonly name: string;
@@ -68,65 +79,22 @@ export type Links = {
   close(): void;
 };
 
-const MESSAGE = {
-  NEWLINK: 16,
-  DELLINK: 17,
-  GETLINK: 18,
-  NEWADDR: 20,
-  DELADDR: 21,
-  NEWROUTE: 24,
-  GETROUTE: 26,
-  NEWRULE: 32,
-  DELRULE: 33,
-  GETRULE: 34,
-} as const;
-
-/** struct ifinfomsg; `MODE` is IFLA_INET6_ADDR_GEN_MODE inside IFLA_AF_SPEC, `MODE_NONE` IN6_ADDR_GEN_MODE_NONE. */
-const LINK = { BYTES: 16, INDEX: 4, FLAGS: 8, CHANGE: 12, NAME: 3, MTU: 4, INFO: 18, FAMILIES: 26 } as const;
+/** IFLA_INFO_KIND */
 const INFO_KIND = 1;
-const LINK_UP = 1;
+/** IFLA_INET6_ADDR_GEN_MODE inside IFLA_AF_SPEC, and IN6_ADDR_GEN_MODE_NONE. */
 const MODE = 8;
 const MODE_NONE = 1;
 
-/** struct ifaddrmsg */
-const HELD = { BYTES: 8, LENGTH: 1, SCOPE: 3, INDEX: 4, ADDRESS: 1, LOCAL: 2, LIFETIMES: 6, FLAGS: 8 } as const;
+/** `IFA_F_*` */
 const HELD_NO_DAD = 0x02;
 const HELD_NO_PREFIX_ROUTE = 0x200;
-const SCOPE_LINK = 253;
 const FOREVER = 0xffffffff;
 
-/** struct rtmsg */
-const ROUTE = {
-  BYTES: 12,
-  TO_LENGTH: 1,
-  TABLE: 4,
-  PROTOCOL: 5,
-  SCOPE: 6,
-  TYPE: 7,
-  TO: 1,
-  OUT: 4,
-  LONG_TABLE: 15,
-} as const;
-const ROUTE_UNICAST = 1;
-const ROUTE_LOCAL = 2;
-
-/** struct fib_rule_hdr */
-const RULE = {
-  BYTES: 12,
-  FROM_LENGTH: 2,
-  TABLE: 4,
-  ACTION: 7,
-  FROM: 2,
-  PRIORITY: 6,
-  LONG_TABLE: 15,
-  PROTOCOL: 21,
-} as const;
+/** `FR_ACT_TO_TBL` */
 const RULE_LOOKUP = 1;
 /** `RT_TABLE_UNSPEC`: the long form counts. */
 const TABLE_UNSPEC = 0;
 
-const AF_INET = 2;
-const AF_INET6 = 10;
 const familyNumber = (family: 4 | 6): number => (family === 4 ? AF_INET : AF_INET6);
 const widthOf = (family: 4 | 6): number => (family === 4 ? 32 : 128);
 
@@ -136,12 +104,7 @@ const GONE: readonly string[] = ['ENODEV', 'ENOENT', 'EADDRNOTAVAIL', 'ESRCH'];
 export function openLinks(namespace: Namespace = ownNamespace): Links {
   const socket = openNetlink(PROTOCOL.ROUTE, { namespace });
   // One dump at a time: the kernel answers EBUSY to a second one on the same socket.
-  let turn: Promise<unknown> = Promise.resolve();
-  const inTurn = <T>(task: () => Promise<T>): Promise<T> => {
-    const mine = turn.then(task);
-    turn = mine.catch(() => undefined);
-    return mine;
-  };
+  const inTurn = pLimit(1);
   const change = async (what: string, type: number, payload: readonly Buffer[], flags = 0): Promise<void> => {
     await socket.request(what, type, Buffer.concat(payload), flags);
   };
@@ -245,7 +208,7 @@ function addressMessage(index: number, address: Address, length: number, quiet: 
   const bytes = addressBytes(address);
   const parts = [header, attribute(HELD.LOCAL, bytes), attribute(HELD.ADDRESS, bytes)];
   if (family === 6) {
-    parts.push(attribute(HELD.FLAGS, u32(HELD_NO_DAD | (quiet ? HELD_NO_PREFIX_ROUTE : 0))));
+    parts.push(attribute(HELD.ALL_FLAGS, u32(HELD_NO_DAD | (quiet ? HELD_NO_PREFIX_ROUTE : 0))));
     if (quiet) parts.push(attribute(HELD.LIFETIMES, Buffer.concat([u32(0), u32(FOREVER), u32(0), u32(0)])));
   }
   return parts;

@@ -1,11 +1,28 @@
+import pLimit from 'p-limit';
 import { type Address, readAddress } from '../protocol/address.ts';
-import { addressBytes, OWNER } from './links.ts';
+import { addressBytes } from './links.ts';
 import type { Namespace } from './namespaces.ts';
 import { attribute, integer, NetlinkError, openNetlink, PROTOCOL, readAttributes } from './netlink.ts';
+import {
+  AF_INET,
+  AF_INET6,
+  HELD,
+  LINK,
+  LINK_LOOPBACK,
+  LINK_RUNNING,
+  LINK_UP,
+  MESSAGE,
+  OWNER,
+  ROUTE,
+  ROUTE_BLACKHOLE,
+  ROUTE_UNICAST,
+  RULE,
+  SCOPE_LINK,
+} from './rtnetlink.ts';
 
 /**
- * Interfaces, addresses and routes of this process's network namespace (rtnetlink). Numbers: include/uapi/linux/
- * {rtnetlink,if_link,if_addr,if}.h. Reading and listening need no privilege and change nothing.
+ * Interfaces, addresses and routes of this process's network namespace (rtnetlink). Reading and listening need no privilege and
+ * change nothing.
  */
 
 /** An address that packets can leave from now: its interface is up and has its carrier, and nobody else has the address. */
@@ -37,63 +54,19 @@ export type Network = {
   close(): void;
 };
 
-const MESSAGE = {
-  NEWLINK: 16,
-  DELLINK: 17,
-  GETLINK: 18,
-  NEWADDR: 20,
-  DELADDR: 21,
-  GETADDR: 22,
-  NEWROUTE: 24,
-  DELROUTE: 25,
-  GETROUTE: 26,
-  NEWRULE: 32,
-  DELRULE: 33,
-} as const;
-
 /** `RTNLGRP_*`: links, IPv4 addresses, routes and rules, IPv6 addresses, routes and rules. */
 const GROUPS = [1, 5, 7, 8, 9, 11, 19] as const;
 
-/** struct ifinfomsg */
-const LINK = { BYTES: 16, INDEX: 4, FLAGS: 8, NAME: 3 } as const;
-const LINK_UP = 0x1;
-const LINK_LOOPBACK = 0x8;
-const LINK_RUNNING = 0x40;
-
-/** struct ifaddrmsg; `ADDRESS` is the other end's on a point-to-point link, where `LOCAL` is ours. */
-const HELD = { BYTES: 8, LENGTH: 1, FLAGS: 2, SCOPE: 3, INDEX: 4, ADDRESS: 1, LOCAL: 2, ALL_FLAGS: 8 } as const;
+/** `IFA_F_*` */
 const HELD_DAD_FAILED = 0x08;
 const HELD_DEPRECATED = 0x20;
 const HELD_TENTATIVE = 0x40;
 const HELD_OPTIMISTIC = 0x04;
-const SCOPE_LINK = 253;
 
-/** struct rtmsg */
-const ROUTE = {
-  BYTES: 12,
-  TO_LENGTH: 1,
-  FROM_LENGTH: 2,
-  PROTOCOL: 5,
-  TYPE: 7,
-  TO: 1,
-  FROM: 2,
-  OUT: 4,
-  METRIC: 6,
-  SOURCE: 7,
-  MANY: 9,
-} as const;
-const ROUTE_TABLE = 4;
+/** `RT_TABLE_MAIN` */
 const TABLE_MAIN = 254;
-/** struct fib_rule_hdr */
-const RULE = { BYTES: 12, PROTOCOL: 21 } as const;
 /** struct rtnexthop */
 const HOP = { BYTES: 8, INDEX: 4 } as const;
-const ROUTE_UNICAST = 1;
-/** From here on, types of routes are refusals of packets or policies again, which matter like ways. */
-const ROUTE_BLACKHOLE = 6;
-
-const AF_INET = 2;
-const AF_INET6 = 10;
 
 /**
  * What a notification may change: `way`, where packets of this host go; `link`, which may have changed the usable
@@ -116,6 +89,7 @@ export function newsOf(type: number, payload: Buffer): NetworkNews | null {
       if (payload.length < ROUTE.BYTES) return null;
       const kind = payload[ROUTE.TYPE] ?? 0;
       if (payload[ROUTE.PROTOCOL] === OWNER) return null;
+      // Refusals matter like ways.
       if (kind !== ROUTE_UNICAST && kind < ROUTE_BLACKHOLE) return null;
       const to = readAttributes(payload, ROUTE.BYTES).get(ROUTE.TO);
       // fe80::/10 and ff00::/8
@@ -156,7 +130,7 @@ export function openNetwork(namespace: Namespace, onNews: (news: NetworkNews) =>
   }
 
   // One dump at a time: the kernel answers EBUSY to a second one on the same socket.
-  let turn: Promise<unknown> = Promise.resolve();
+  const inTurn = pLimit(1);
   async function read(): Promise<readonly InterfaceAddress[]> {
     const known = await links();
     const found: InterfaceAddress[] = [];
@@ -177,11 +151,6 @@ export function openNetwork(namespace: Namespace, onNews: (news: NetworkNews) =>
     }
     return found;
   }
-  const inTurn = <T>(task: () => Promise<T>): Promise<T> => {
-    const mine = turn.then(task);
-    turn = mine.catch(() => undefined);
-    return mine;
-  };
 
   return {
     addresses: () => inTurn(read),
@@ -233,7 +202,7 @@ export function readHeld(record: Buffer): Omit<InterfaceAddress, 'interface'> | 
 /** One record of RTM_GETROUTE: the interfaces of a default route, or nothing. */
 export function readDefault(record: Buffer): DefaultRoute[] {
   if (record.length < ROUTE.BYTES || record[ROUTE.TO_LENGTH] !== 0 || record[ROUTE.TYPE] !== ROUTE_UNICAST) return [];
-  if (record[ROUTE_TABLE] !== TABLE_MAIN) return [];
+  if (record[ROUTE.TABLE] !== TABLE_MAIN) return [];
   const attributes = readAttributes(record, ROUTE.BYTES);
   const family = record[0] === AF_INET ? 4 : 6;
   const metric = integer(attributes.get(ROUTE.METRIC)) ?? 0;

@@ -177,11 +177,15 @@ export function openWireguard(links: Links, namespace: Namespace = ownNamespace)
     async remove(name) {
       const backend = await backendOf(name);
       if (!backend) return;
-      // wireguard-go ends with its interface; one that was killed leaves its socket.
+      const end = backend === userspace ? await watchEnd(name) : null;
       await links.remove(name).catch((error: unknown) => {
         throw explained(error);
       });
-      if (backend === userspace) await unlink(socketPath(name)).catch(() => undefined);
+      if (!end) return;
+      // wireguard-go ends with its interface. Until it has, it would take away the socket of a successor with that name.
+      await end();
+      // One that was killed leaves its own.
+      await unlink(socketPath(name)).catch(() => undefined);
     },
     close: () => kernel.close(),
   };
@@ -389,7 +393,11 @@ function userspaceBackend(namespace: Namespace): Backend {
         }),
       );
       const { failed, code, stderr } = await started;
-      if (!failed) return;
+      if (!failed) {
+        // That process sets the MTU once more before it answers (docs/kernel-notes.md).
+        await converse(name, 'get=1\n\n');
+        return;
+      }
       if (code === 'ENOENT')
         throw new WireguardError('missing', `neither this kernel nor ${PROGRAM} is there. ${REMEDY}`);
       const said = /ERROR: .*? Failed to (.*)/.exec(stderr ?? '')?.[1] ?? 'it did not start';
@@ -455,6 +463,25 @@ export function readUapi(text: string): DeviceState {
     else if (name === 'tx_bytes') peer.sent = Number(value);
   }
   return { keys, port, peers };
+}
+
+/** Watches who has an interface's socket. Returns what waits for that process's end, for `ANSWER_MS` at most. */
+async function watchEnd(name: string): Promise<() => Promise<void>> {
+  const socket = createConnection(socketPath(name));
+  const watching = Promise.withResolvers<void>();
+  const ended = Promise.withResolvers<void>();
+  socket.resume();
+  socket.on('connect', watching.resolve);
+  socket.on('error', () => undefined);
+  socket.on('close', () => {
+    watching.resolve();
+    ended.resolve();
+  });
+  await watching.promise;
+  return () => {
+    socket.setTimeout(ANSWER_MS, () => socket.destroy());
+    return ended.promise;
+  };
 }
 
 /** One question to an interface's socket. @throws WireguardError */

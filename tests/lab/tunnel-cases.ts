@@ -139,6 +139,18 @@ export function tunnelCases(name: string, open: () => Promise<TunnelBench>): voi
     await expect(wireguard.change(name, { port: 1 })).rejects.toMatchObject({ kind: 'failed' });
   });
 
+  it('is ready when it has been made: what is set at once stays', async () => {
+    const { links, wireguard } = bench;
+    for (let round = 0; round < 10; round++) {
+      await wireguard.create(name);
+      await links.raise(await index(), 1280);
+      // Whatever was still to be set up is done when keys are in place.
+      await wireguard.change(name, { port: 45_701 });
+      expect((await links.links()).find((link) => link.name === name)).toMatchObject({ mtu: 1280 });
+      await wireguard.remove(name);
+    }
+  });
+
   it('knows its rules from those of others', async () => {
     const { links } = bench;
     const before = await links.rules();

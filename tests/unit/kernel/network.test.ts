@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest';
-import { OWNER } from '../../../appliance/kernel/links.ts';
 import { attribute, u32 } from '../../../appliance/kernel/netlink.ts';
 import { newsOf, readHeld } from '../../../appliance/kernel/network.ts';
+import { OWNER } from '../../../appliance/kernel/rtnetlink.ts';
 import { formatAddress } from '../../../appliance/protocol/address.ts';
 
 const bytes = (hex: string): Buffer => Buffer.from(hex.replaceAll(' ', ''), 'hex');
