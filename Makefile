@@ -16,7 +16,7 @@ endif
 NODE := .cache/node/bin/node
 MODULES := node_modules/.package-lock.json
 BUNDLE := dist/.built
-SOURCES := images/bundle.ts images/handover.js images/absent.cjs $(shell find appliance -name '*.ts' 2>/dev/null)
+SOURCES := images/bundle.ts images/bpf.ts images/handover.js images/absent.cjs $(shell find appliance -name '*.ts' -o -name '*.[ch]' 2>/dev/null)
 HOST := tests/lab/host.sh
 # Network namespaces and containers need root; with-engine also brings a Docker engine for as long as the command runs.
 AS_ROOT := $(HOST) as-root

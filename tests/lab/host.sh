@@ -70,7 +70,7 @@ packages() {
         need mount mount 'namespaces'
         need wireguard-go wireguard-go 'tunnels where the kernel has no WireGuard'
         need wg wireguard-tools 'a hostile end of a tunnel'
-        need python3 python3 'sends the raw packets of hostile clients in tests'
+        need_file /usr/bin/python3 python3 'sends the raw packets of hostile clients in tests'
         need ping iputils-ping 'tells that a test network is up'
         need sysctl procps 'kernel settings of the test namespaces'
         ;;

@@ -3,13 +3,14 @@
  *
  *     node tests/lab/suite.ts lint types unit loop netns vm images containers k8s
  *
- * Every ring runs, even after one failed. In rings that share the kernel and the clock with everything else on the machine, files with a
- * failure run once more when the rest is done; what only passed then is named at the end. `lint`, `types` and `images` are programs, and count as one test for each.
+ * Every ring runs, even after one failed; vm beside netns, which waits for most of its time, with its output when it is done. In rings
+ * that share the kernel and the clock with everything else on the machine, files with a failure run once more when the rest is
+ * done; what only passed then is named at the end. `lint`, `types` and `images` are programs, and count as one test for each.
  * Exit 1 when anything failed, and under CI=true also when anything was skipped: a machine that is meant to run everything
  * must not be green for having run less.
  */
 import { spawn } from 'node:child_process';
-import { mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { closeSync, mkdirSync, openSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { emptyReport, type FileReport, type Report } from './reporter.ts';
 
@@ -23,44 +24,55 @@ const PROGRAMS: ReadonlyMap<string, readonly (readonly [string, ...string[]])[]>
 
 /** What a ring's tests run inside of. It ends with LACKING, and says why, where the machine cannot. */
 const INSIDE: ReadonlyMap<string, readonly [string, ...string[]]> = new Map([
-  ['vm', [join(import.meta.dirname, 'vm.sh'), 'run', '--timeout', '1800', '--']],
+  // Nice to those beside it, whose clock is the machine's.
+  ['vm', ['nice', '-n', '19', join(import.meta.dirname, 'vm.sh'), 'run', '--timeout', '2400', '--']],
 ]);
 /** sysexits.h: EX_UNAVAILABLE */
 const LACKING = 69;
 
+/** Rings that share the machine with another one. */
+const BESIDE: ReadonlyMap<string, string> = new Map([['netns', 'vm']]);
+
 const RERUN: ReadonlySet<string> = new Set(['netns', 'containers', 'vm', 'k8s']);
 
-/** Runs a program to its end; its exit status, null when a signal or its absence ended it. */
+/** Runs a program to its end; its exit status, null when a signal or its absence ended it. A `log` keeps its output until then. */
 async function ended(
   environment: Readonly<Record<string, string>>,
+  log: string | null,
   command: string,
   ...args: readonly string[]
 ): Promise<number | null> {
   const env = { ...process.env, ...environment };
-  const child = spawn(command, args, { cwd: root, env, stdio: ['ignore', 'inherit', 'inherit'] });
-  return await new Promise((resolve) => {
+  const output = log === null ? 'inherit' : openSync(log, 'w');
+  const child = spawn(command, args, { cwd: root, env, stdio: ['ignore', output, output] });
+  const status = await new Promise<number | null>((resolve) => {
     child.on('error', () => resolve(null));
     child.on('close', resolve);
   });
+  if (log !== null && output !== 'inherit') {
+    closeSync(output);
+    process.stdout.write(readFileSync(log));
+  }
+  return status;
 }
 
-/** Report of one ring. A ring that dies without a report, or files that cannot even be loaded, count as failures. */
-async function run(ring: string): Promise<Report> {
+/** Report of one ring; `quiet` until it is done. A ring that dies without a report, or files that cannot even be loaded, count as failures. */
+async function run(ring: string, quiet = false): Promise<Report> {
   const programs = PROGRAMS.get(ring);
   if (programs !== undefined) {
     const counts = emptyReport();
     for (const [command, ...args] of programs) {
-      const status = await ended({}, join(root, command), ...args);
+      const status = await ended({}, null, join(root, command), ...args);
       if (status === 0) counts.passed += 1;
       else fail(counts, [command, ...args].join(' '), `exit status ${status}`);
     }
     return { [ring]: counts };
   }
-  const report = await runFiles(ring, []);
+  const report = await runFiles(ring, quiet, []);
   const failed = Object.keys(report).filter((file) => file !== '' && (report[file]?.failed ?? 0) > 0);
   if (failed.length === 0 || !RERUN.has(ring)) return report;
   console.error(`\nOnce more, now that the rest is done: ${failed.join(', ')}`);
-  const again = await runFiles(ring, failed);
+  const again = await runFiles(ring, quiet, failed);
   for (const file of failed) {
     const counts = again[file] ?? report[file] ?? emptyReport();
     // What failed both times is told below; what did not has to be looked into, too.
@@ -72,7 +84,7 @@ async function run(ring: string): Promise<Report> {
 }
 
 /** Runs a ring, or some of its files. */
-async function runFiles(ring: string, files: readonly string[]): Promise<Report> {
+async function runFiles(ring: string, quiet: boolean, files: readonly string[]): Promise<Report> {
   const path = join(reports, `${ring}.json`);
   rmSync(path, { force: true });
   const vitest = join(root, 'node_modules/vitest/vitest.mjs');
@@ -80,6 +92,7 @@ async function runFiles(ring: string, files: readonly string[]): Promise<Report>
   const [command, ...before] = [...(INSIDE.get(ring) ?? []), process.execPath];
   const status = await ended(
     { TEST_RING: ring },
+    quiet ? join(reports, `${ring}.log`) : null,
     command,
     ...before,
     vitest,
@@ -123,8 +136,11 @@ if (rings.length === 0) {
 }
 mkdirSync(reports, { recursive: true });
 const total = emptyReport();
+const begun = new Map<string, Promise<Report>>();
 for (const ring of rings) {
-  for (const counts of Object.values(await run(ring))) {
+  const beside = BESIDE.get(ring);
+  if (beside !== undefined && rings.includes(beside)) begun.set(beside, run(beside, true));
+  for (const counts of Object.values(await (begun.get(ring) ?? run(ring)))) {
     total.passed += counts.passed;
     total.failed += counts.failed;
     total.skipped += counts.skipped;

@@ -67,6 +67,8 @@ run() { # $1 cpus, $2 memory in MB, $3 seconds, then the command
     for name in $(compgen -e); do
       [[ $name =~ $passed ]] && printf 'export %s=%q\n' "$name" "${!name}"
     done
+    # Shims are scripts that look for the program: an emulated processor takes fifteen seconds over pyenv's.
+    printf 'export PATH=%q\n' "$(tr : '\n' <<<"$PATH" | grep -v '/shims$' | paste -sd:)"
     # Types are stripped once for each file: it takes an emulated processor seconds.
     printf 'export LAB_VM=1 NODE_COMPILE_CACHE=/tmp/node-compile-cache\nexec'
     printf ' %q' "$@"
