@@ -300,7 +300,7 @@ function collect(
     } else if (path !== null) {
       const content = read(`${row.name}_FILE`, path);
       if (content !== null) found.set(row.name, { text: content, origin: 'file', path });
-    } else if (row.unavailable !== true && exists(sources, secretPath)) {
+    } else if (exists(sources, secretPath)) {
       const content = read(row.name, secretPath);
       if (content !== null) found.set(row.name, { text: content, origin: 'secret', path: secretPath });
     }
@@ -400,8 +400,10 @@ function readAll(role: Role, sources: Sources, options: Options): Reader {
           } catch (error) {
             if (!(error instanceof Refused)) throw error;
             const value = text === null ? '' : `=${quote(mask(row, text))}`;
-            const example = row.unavailable === true ? '' : `; for example ${row.name}=${row.example}`;
-            problems.push({ variable: row.name, line: `${row.name}${value}: ${error.message}${example}` });
+            problems.push({
+              variable: row.name,
+              line: `${row.name}${value}: ${error.message}; for example ${row.name}=${row.example}`,
+            });
             throw error;
           }
         },

@@ -38,8 +38,6 @@ export type Variable<T> = {
   readonly doc: string;
   readonly example: string;
   readonly secret?: true;
-  /** True while only the default can be had. */
-  readonly unavailable?: true;
   /** Without a default: only that side needs it (`DETOUR_ROLE`). */
   readonly side?: Side;
   /** @throws Refused */
@@ -697,7 +695,6 @@ export type VariableDoc = {
   readonly meaning: string;
   readonly example: string;
   readonly secret: boolean;
-  readonly available: boolean;
 };
 
 /** The table of variables, for documents and for `doctor`. */
@@ -714,7 +711,6 @@ export function describeVariables(): readonly VariableDoc[] {
     meaning: row.doc,
     example: row.example,
     secret: row.secret === true,
-    available: row.unavailable !== true,
   }));
 }
 

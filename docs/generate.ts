@@ -108,14 +108,7 @@ everything else needs a restart.
 
 ## Variables
 
-${table(variables.filter(({ available }) => available))}
-
-## Reserved
-
-These belong to features that this version does not have. They accept their default (and refuse everything else, rather than ignore it), so
-that a configuration never says more than the program does.
-
-${table(variables.filter(({ available }) => !available))}
+${table(variables)}
 
 ## Exit codes
 
@@ -136,9 +129,12 @@ export function readme(text: string): string {
   if (begin < 0 || end < begin) throw new Error('README.md has lost the markers of its settings table');
   const table = rows(
     ['Variable', 'For', 'Default', 'Meaning'],
-    describeVariables()
-      .filter(({ available }) => available)
-      .map((variable) => [code(variable.name), variable.roles.join(', '), defaultCell(variable), variable.meaning]),
+    describeVariables().map((variable) => [
+      code(variable.name),
+      variable.roles.join(', '),
+      defaultCell(variable),
+      variable.meaning,
+    ]),
   );
   return `${text.slice(0, begin)}${BEGIN}\n\n${table}\n\n${text.slice(end)}`;
 }

@@ -159,6 +159,16 @@ function metricsOf(router: Router): Registry {
       },
     });
   }
+  if (router.announcementCount !== null) {
+    new Gauge({
+      name: 'detour_router_announcements',
+      help: 'Servers that joins of anybody are led to now.',
+      registers,
+      collect() {
+        this.set(router.announcementCount ?? 0);
+      },
+    });
+  }
   new Counter({
     name: 'detour_router_datagrams_total',
     help: 'Control datagrams and internal events by what became of them.',

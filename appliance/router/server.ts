@@ -187,6 +187,11 @@ export class Router {
     return this.#keeper.capabilities?.length ?? null;
   }
 
+  /** Servers that are announced; null when none may be. */
+  get announcementCount(): number | null {
+    return this.#keeper.announcements?.length ?? null;
+  }
+
   /** Leases in the kernel now. */
   get leaseCount(): number {
     return this.#keeper.leases.count;
