@@ -80,6 +80,8 @@ export type Strategy = {
   readonly ordered: boolean;
   /** `vpn` is not asked for, but may be used through detours whose leases are of no use. */
   readonly fallback?: boolean;
+  /** Joins name their server themselves where detours take that and there is no lease yet. */
+  readonly inband?: boolean;
 };
 
 /** `host` is the network namespace that the agent runs in. */

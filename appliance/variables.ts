@@ -69,19 +69,20 @@ function interfaceGlob(text: string): string {
 /** Kinds of path in order; `auto` takes the order back. */
 function strategy(text: string): Strategy {
   const words = list(text.toLowerCase(), (word) => word);
-  const known = ['auto', 'nat', 'vpn', 'announced'] as const;
-  const choose = 'use auto, nat, vpn, announced or several of them';
+  const known = ['auto', 'nat', 'inband', 'vpn', 'announced'] as const;
+  const choose = 'use auto, nat, inband, vpn, announced or several of them';
   const kinds = new Set<Strategy['kinds'][number]>();
   for (const [index, word] of words.entries()) {
-    if (word === 'inband') refuse(`has inband, which is not available in this version: ${choose}`);
     const found = known.find((one) => one === word) ?? refuse(`has a kind that is not known: ${choose}`);
     if (words.indexOf(word) !== index) refuse(`has ${word} twice`);
-    kinds.add(found === 'auto' ? 'nat' : found);
+    // In-band joins fall back on leases, so they are a way to have those.
+    kinds.add(found === 'auto' || found === 'inband' ? 'nat' : found);
   }
   if (kinds.size === 0) refuse(`names no kind: ${choose}`);
   const auto = words.includes('auto');
   const fallback = auto && !kinds.has('vpn');
-  return { kinds: [...kinds, ...(fallback ? (['vpn'] as const) : [])], ordered: !auto, fallback };
+  const inband = words.includes('inband') ? { inband: true } : {};
+  return { kinds: [...kinds, ...(fallback ? (['vpn'] as const) : [])], ordered: !auto, fallback, ...inband };
 }
 
 function providers(text: string): readonly ProviderName[] {
@@ -493,7 +494,8 @@ export const TABLE = {
     doc:
       'Kinds of path to use, in order: `nat` (leased from detours), `vpn` (through WireGuard tunnels to those that offer them; see docs/vpn.md) and `announced` (to further ' +
       'addresses that the server itself announces, ADD_ADDR of RFC 8684; see docs/path-selection.md). `auto` stands for `nat`, falls back to `vpn` with detours whose leases ' +
-      'are of no use on this network, and leaves the order to measurement: `auto,vpn` has both from the start. `inband` is not available yet.',
+      'are of no use on this network, and leaves the order to measurement: `auto,vpn` has both from the start. `inband` is `nat` whose joins need not wait for a lease, with detours that take ' +
+      'them (`DETOUR_INBAND`); `auto,inband` has it beside the rest. It takes BPF; see docs/inband.md.',
     example: 'auto,announced',
     parse: strategy,
   }),
@@ -567,7 +569,7 @@ export const TABLE = {
     default: 'off',
     doc:
       'Accept in-band transit: joins over IPv4 that bring the address of their server with them, in a TCP option, to a port of `DETOUR_PORTS` of the ' +
-      "client's own. No lease and no state for each server; docs/protocol.md has what is sent. Our own client does not send it yet.",
+      "client's own. No lease and no state for each server; see docs/inband.md.",
     example: 'on',
     parse: flag,
   }),

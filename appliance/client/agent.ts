@@ -1,6 +1,7 @@
 import type { Clock } from '../kernel/clock.ts';
 import type { Datagrams } from '../kernel/datagrams.ts';
 import type { ConnectionSample, Diag } from '../kernel/diag.ts';
+import type { InbandPorts } from '../kernel/inband.ts';
 import type { PathEvent, PathManager } from '../kernel/mptcp.ts';
 import type { Network, NetworkNews } from '../kernel/network.ts';
 import type { Log } from '../log.ts';
@@ -8,7 +9,7 @@ import { type Address, type Endpoint, formatAddress } from '../protocol/address.
 import { deriveKeys } from '../protocol/control.ts';
 import type { ClientSettings, Key } from '../settings.ts';
 import type { Readiness } from '../status/daemon.ts';
-import { createDetours, type DetourAddress } from './detours.ts';
+import { createDetours, type DetourAddress, type DetourEvent } from './detours.ts';
 import { chooseLinks } from './interfaces.ts';
 import { step } from './manager.ts';
 import type { ClientMetrics } from './metrics.ts';
@@ -64,6 +65,8 @@ export type AgentOptions = {
   readonly metrics: ClientMetrics;
   /** The namespace's addresses or routes changed: what failed from here may work now. */
   readonly onMoved: () => void;
+  /** Null: joins need leases. */
+  readonly inband: InbandPorts | null;
   /** As of `DetoursOptions`. */
   readonly isShared: (detour: string, server: Endpoint) => boolean;
 };
@@ -125,6 +128,10 @@ const NOTES: Record<Note, { event: string; message: string }> = {
     event: 'server-limit',
     message: 'The server accepts no more subflows on a connection; on the server: ip mptcp limits set subflow 8',
   },
+  'inband-fails': {
+    event: 'inband-fails',
+    message: 'Joins that name their server get no answer through a detour on this network: using leases there',
+  },
   'direct-lost': { event: 'direct-lost', message: 'A connection lost its direct path; making it again' },
 };
 
@@ -138,11 +145,20 @@ const OUTCOMES: Record<JoinOutcome, { level: 'info' | 'warn'; message: string }>
 };
 
 /** Starts serving a namespace. @throws Fatal when the kernel cannot be listened to */
-export async function startAgent({ settings, ports, metrics, onMoved, isShared }: AgentOptions): Promise<Agent> {
+export async function startAgent({
+  settings,
+  ports,
+  metrics,
+  onMoved,
+  inband,
+  isShared,
+}: AgentOptions): Promise<Agent> {
   const { clock, log } = ports;
   const { maxPaths, strategy, targets, exclude, mode, minAgeMs, rescue } = settings;
   const seed = new DataView(new Uint8Array(clock.random(4)).buffer).getUint32(0);
-  const state = initial({ maxPaths, ...strategy, targets, exclude, mode, minAgeMs, rescue }, seed);
+  // With `auto` it is used where `detour load` prepared the kernel for it.
+  const mayName = inband !== null && (strategy.inband === true || !strategy.ordered);
+  const state = initial({ maxPaths, ...strategy, inband: mayName, targets, exclude, mode, minAgeMs, rescue }, seed);
   /** Whole ms: the thousands of times that are kept would take 16 bytes more each with a fraction. */
   const time = (): number => Math.floor(clock.now());
   /** What adds a wall-clock time to a monotonic one. */
@@ -428,6 +444,32 @@ export async function startAgent({ settings, ports, metrics, onMoved, isShared }
     await Promise.allSettled(endings);
   }
 
+  /** Ports at which the kernel names servers, by the keys of their detours. */
+  const naming = new Map<string, Endpoint>();
+
+  /** Keeps the kernel's map of those ports what the detours say. */
+  function follow(event: DetourEvent): void {
+    if (!mayName || stopped || (event.kind !== 'detour-up' && event.kind !== 'detour-removed')) return;
+    const before = naming.get(event.detour) ?? null;
+    const address = state.detours.get(event.detour)?.address;
+    const port = event.kind === 'detour-up' && address?.family === 4 ? (event.capability?.port ?? null) : null;
+    const now = port === null || !address ? null : { address, port };
+    if (before?.port === now?.port) return;
+    try {
+      if (now) inband?.add(now);
+      if (before) inband?.remove(before);
+    } catch (error) {
+      log.warn('inband-failing', { code: String(error) }, 'The kernel cannot be told of a port for in-band transit');
+    }
+    if (now) naming.set(event.detour, now);
+    else naming.delete(event.detour);
+  }
+
+  function forgetPorts(): void {
+    for (const port of naming.values()) inband?.remove(port);
+    naming.clear();
+  }
+
   const keys = deriveKeys(settings.key.id, settings.key.secret);
   const detours = createDetours({
     bound: settings.interfaces !== null,
@@ -436,7 +478,10 @@ export async function startAgent({ settings, ports, metrics, onMoved, isShared }
     clock,
     datagrams: ports.datagrams,
     log,
-    onEvent: handle,
+    onEvent(event) {
+      follow(event);
+      handle(event);
+    },
     onExchange: (type, result) => metrics.exchanges.inc({ type, result }),
   });
   /** Its sockets would otherwise keep the namespace, after everybody has left it. */
@@ -446,6 +491,7 @@ export async function startAgent({ settings, ports, metrics, onMoved, isShared }
       await endTunnelled();
       await tunnels?.stop();
       detours.stop();
+      forgetPorts();
       await restore();
     } finally {
       network?.close();

@@ -1,4 +1,5 @@
 import type { Clock } from '../kernel/clock.ts';
+import type { InbandPorts } from '../kernel/inband.ts';
 import type { Log } from '../log.ts';
 import { formatEndpoint } from '../protocol/address.ts';
 import type { ClientSettings } from '../settings.ts';
@@ -42,6 +43,12 @@ export type DaemonPorts = SourcePorts & {
   /** Each starts watching. */
   readonly providers: readonly ((onChange: OnWorkloads) => Provider)[];
   readonly mptcpify: Pick<MptcpifyPorts, 'groups' | 'openSwitches' | 'isPinned'>;
+  readonly inband: {
+    /** Whether `detour load` prepared the kernel. */
+    readonly isLoaded: () => boolean;
+    /** @throws Error whose message says what is missing */
+    readonly open: () => InbandPorts;
+  };
   /** Of this process's own namespace; asked for with `DETOUR_ANNOUNCE` alone. */
   readonly openAnnouncing: () => AnnouncerPorts;
   readonly version: string;
@@ -108,6 +115,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
   /** This process's own namespace, when it is served. */
   let home: Place | null = null;
   const mptcpify = startMptcpify(settings.mptcpify, { ...ports.mptcpify, clock, log });
+  const naming = prepareNaming(settings, ports);
   let own: Agent | null = null;
   let sources: Sources | null = null;
   let announcer: Announcer | null = null;
@@ -154,6 +162,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       ports: place.ports,
       metrics,
       onMoved: () => sources?.retry(),
+      inband: naming.ports,
       // Whoever gives a lease back has forgotten it already.
       isShared: (detour, server) =>
         [...agents()].some(({ state }) => state.leases.has(leaseKey(detour, formatEndpoint(server)))),
@@ -443,6 +452,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
           ready: readiness().ready,
           ...(settings.sides.includes('server') ? { sides: settings.sides } : {}),
           ...(settings.mptcpify === 'off' ? {} : { mptcpify: { ...mptcpify.status() } }),
+          ...(naming.status ? { inband: { ...naming.status } } : {}),
           detours: all(({ detours }) => detours),
           ...(announcer ? { announced: announcer.status().map((row) => ({ ...row })) } : {}),
           sources: sourceStatus().map(({ answeredAt, ...source }) => ({
@@ -488,9 +498,35 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
       } finally {
         place?.close();
         await Promise.all(ends);
+        naming.ports?.close();
       }
     },
   };
+}
+
+/** Whether joins may name their servers, which is asked of the kernel once for all namespaces; `status` is null where nobody wants it. */
+function prepareNaming(
+  { strategy, sides }: ClientSettings,
+  { inband, log }: DaemonPorts,
+): {
+  readonly ports: InbandPorts | null;
+  readonly status: {
+    readonly state: 'on' | 'unavailable';
+    readonly by: string | null;
+    readonly why: string | null;
+  } | null;
+} {
+  const isWanted = sides.includes('client') && (strategy.inband === true || (!strategy.ordered && inband.isLoaded()));
+  if (!isWanted) return { ports: null, status: null };
+  try {
+    const ports = inband.open();
+    log.info('inband', { by: ports.by }, 'Joins may name their servers themselves where detours take that');
+    return { ports, status: { state: 'on', by: ports.by, why: null } };
+  } catch (error) {
+    const why = messageOf(error);
+    log.warn('inband-unavailable', { why }, 'Joins cannot name their servers themselves: leases are used everywhere');
+    return { ports: null, status: { state: 'unavailable', by: null, why } };
+  }
 }
 
 /** Repeats a task until it returns false. */

@@ -22,7 +22,7 @@ import {
   TYPE,
   VERSION,
 } from '../protocol/control.ts';
-import type { Event, Link, Rank } from './state.ts';
+import type { Capability, Event, Link, Rank } from './state.ts';
 
 /** What this shell tells the manager. */
 export type DetourEvent = Extract<
@@ -124,6 +124,8 @@ const BRISK_FOR_MS = 60_000;
 const PING_MS = 25_000;
 /** The first answer came to a question asked more than once, so its round trip is not known: asked again this soon. */
 const REMEASURE_MS = 1_000;
+/** docs/protocol.md, In-band transit. */
+const CAPABILITY_MS = 120_000;
 /** docs/protocol.md, Lifetimes. */
 const LIFETIME_S = 600;
 const LONGEST_LIFETIME_S = 3_600;
@@ -293,6 +295,7 @@ function openSession(
   let observed: Address | null = null;
   /** See `tunnelMark`. */
   let mark = 0;
+  let capability: Capability | null = null;
   /** From where it was last asked with success. */
   let answeredFrom: Address | null = null;
   /** Probes begun: one that a later one has overtaken says nothing any more. */
@@ -540,7 +543,7 @@ function openSession(
     breaker = 0;
     downAt = null;
     const { address: local } = socket.local();
-    const offered = mark === 0 ? {} : { tunnels: mark };
+    const offered = { ...(mark === 0 ? {} : { tunnels: mark }), ...(capability === null ? {} : { capability }) };
     onEvent({ kind: 'detour-up', detour: key, rttMs: srtt ?? rttBound, epoch, local, ...offered });
     if (!recovered) return;
     for (const lease of leases.values()) if (lease.unanswered || lease.expiresAt <= clock.now()) void obtain(lease);
@@ -595,7 +598,9 @@ function openSession(
       goDown('no answer; is it running, is its UDP port open, is the key right?');
       return;
     }
-    const { response } = outcome;
+    const { response, sentAt } = outcome;
+    const port = 'capabilityPort' in response ? response.capabilityPort : 0;
+    capability = port === 0 ? null : { port, expiresAt: sentAt + CAPABILITY_MS };
     learn(response);
     if (response.result !== RESULT.OK && response.result !== RESULT.CHALLENGE) {
       goDown(`it refuses: ${resultName(response.result)}`);

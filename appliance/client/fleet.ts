@@ -42,6 +42,9 @@ export function onDetourAdded(
     pausedUntil: 0,
     tunnels: 0,
     useless: null,
+    capability: null,
+    inband: 'unknown',
+    inbandMisses: 0,
     ...noTraffic(),
   });
   for (const connection of state.connections.values()) {
@@ -102,6 +105,7 @@ export function onDetourUp(
   detour.epoch = event.epoch;
   detour.local = event.local;
   detour.tunnels = event.tunnels ?? 0;
+  detour.capability = event.capability ?? null;
   onMark(state, detour, out);
   if (!changed) {
     considerTunnels(state, now, out);
@@ -120,6 +124,8 @@ export function onDetourUp(
   detour.failedServers.clear();
   detour.unansweredJoins = 0;
   detour.useless = null;
+  detour.inband = 'unknown';
+  detour.inbandMisses = 0;
   considerTunnels(state, now, out);
   reconsider(state, now);
   for (const connection of state.connections.values()) {

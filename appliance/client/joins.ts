@@ -119,8 +119,19 @@ export function start(
   path.reserve = backup;
   path.turnAt = 0;
   path.local = null;
-  if (kind === 'nat') use(state, connection, way.key, out);
+  // Where joins are known to name their server, nobody need be asked beforehand.
+  const needsNoLease =
+    !('remote' in way) && way.inband === 'works' && inbandPort(state, way, connection, path, now) !== null;
+  if (kind === 'nat' && !needsNoLease) use(state, connection, way.key, out);
   joinIfLeased(state, connection, path, now, out);
+}
+
+/** The port of a detour to which a join names its server itself; null where it needs a lease. */
+function inbandPort(state: State, detour: Detour, { remote }: Connection, path: Path, now: number): number | null {
+  const { capability, inband, address } = detour;
+  if (!state.rules.inband || capability === null || inband === 'fails' || path.leaseOnly) return null;
+  if (remote.address.family !== 4 || address.family !== 4) return null;
+  return capability.expiresAt - LEASE_MARGIN_MS > now ? capability.port : null;
 }
 
 /** Makes the connection a user of the lease, and asks for it when there is none. */
@@ -203,10 +214,20 @@ export function joinIfLeased(state: State, connection: Connection, path: Path, n
   const detour = path.detour === null ? undefined : state.detours.get(path.detour);
   if (!detour?.local || connection.establishedAt === null) return;
   const lease = state.leases.get(leaseKey(detour.key, connection.server));
-  if (lease?.state !== 'granted' || lease.expiresAt - LEASE_MARGIN_MS <= now || connection.settledAt > now) return;
-  if (!takeTurn(detour, path, now)) return;
+  const leased = lease?.state === 'granted' && lease.expiresAt - LEASE_MARGIN_MS > now ? lease.port : null;
+  // One that is older than the connection costs nothing more; another was asked for in case that naming the server does not work.
+  const isCached = leased !== null && lease !== undefined && lease.grantedAt < connection.since;
+  const named = isCached ? null : inbandPort(state, detour, connection, path, now);
+  const port = named ?? leased;
+  if (port === null) {
+    // What it was to do without is not there any more.
+    if (!lease) use(state, connection, detour.key, out);
+    return;
+  }
+  if (connection.settledAt > now || !takeTurn(detour, path, now)) return;
+  path.inband = named !== null;
   const index = state.links?.find(({ name }) => name === detour.via)?.index;
-  join(connection, path, { address: detour.address, port: lease.port }, detour.local, now, out, index);
+  join(connection, path, { address: detour.address, port }, detour.local, now, out, index);
 }
 
 /** Asks the kernel for the subflow. The outcome is an event, or nothing at all (see `JOIN_TIMEOUT_MS`). */
@@ -288,6 +309,11 @@ export function joinFailed(
   now: number,
   out: Command[],
 ): void {
+  const named = path.inband && path.state === 'joining' && path.detour !== null ? state.detours.get(path.detour) : null;
+  if (named) {
+    resortToLease(state, connection, path, named, why, outcome, now, out);
+    return;
+  }
   const began = path.since;
   fail(connection, path, why, now);
   connection.commanded = true;
@@ -320,6 +346,34 @@ export function joinFailed(
     lease.state = 'asked';
     out.push({ kind: 'doubt-lease', detour: detour.key, server: connection.remote });
   }
+}
+
+/** So many in a row that nobody answers, after others that were, say that the network has changed its mind about the option. */
+const INBAND_MISSES = 3;
+
+/** A join that named its server did not work: the same path is made by a lease, at once. */
+function resortToLease(
+  state: State,
+  connection: Connection,
+  path: Path,
+  detour: Detour,
+  why: string,
+  outcome: JoinOutcome,
+  now: number,
+  out: Command[],
+): void {
+  // A reset may be the server's, and says nothing of the way; silence is what a network does that drops SYNs or their options.
+  if (outcome === 'timeout') {
+    detour.inbandMisses++;
+    if (detour.inband === 'unknown' || detour.inbandMisses >= INBAND_MISSES) {
+      detour.inband = 'fails';
+      out.push({ kind: 'note', token: connection.token, level: 'info', what: 'inband-fails' });
+    }
+  }
+  connection.commanded = true;
+  out.push({ kind: 'joined', token: connection.token, detour: path.detour, outcome, why: `in-band: ${why}` });
+  path.leaseOnly = true;
+  start(state, connection, detour, path.reserve, now, out);
 }
 
 /** Counts a join that failed; whether there are no more to be tried for a while. */

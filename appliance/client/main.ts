@@ -8,6 +8,7 @@ import { udpDatagrams } from '../kernel/datagrams.ts';
 import { openDiag } from '../kernel/diag.ts';
 import { systemFiles } from '../kernel/files.ts';
 import { systemHandshake } from '../kernel/handshake.ts';
+import { isInbandLoaded, openInband, prepareInband, removeInband } from '../kernel/inband.ts';
 import { openLinks } from '../kernel/links.ts';
 import { systemLookup } from '../kernel/lookup.ts';
 import { nftMemory } from '../kernel/memory.ts';
@@ -86,6 +87,7 @@ export async function startClient(settings: ClientSettings, log: Log): Promise<R
       ),
     providers,
     mptcpify: { groups: systemGroups(), openSwitches, isPinned },
+    inband: { isLoaded: isInbandLoaded, open: openInband },
     openAnnouncing: () => announcing(log, ownNamespace),
     version: VERSION,
   });
@@ -258,14 +260,22 @@ function remedyFor(path: string, code: string): string {
  * @throws Fatal (69)
  */
 export async function load(settings: ClientHostSettings, log: Log): Promise<readonly string[]> {
-  const { sides, mptcpify } = settings;
+  const { sides, mptcpify, strategy } = settings;
   // Whatever can fail has been tried before anything is changed.
-  const prepared = mptcpify === 'off' ? null : attempt(log, prepareSwitches);
+  const prepared = mptcpify === 'off' ? null : attempt(MPTCPIFY, log, prepareSwitches);
+  const naming = sides.includes('client') && strategy.inband ? attempt(INBAND, log, prepareInband) : null;
   await ready(settings, log, 'load');
   const done: string[] = [];
   if (sides.includes('client')) done.push('the userspace path manager is selected');
   if (sides.includes('server')) done.push(`connections that are accepted may have ${ACCEPTED_SUBFLOWS} extra subflows`);
-  const switches = prepared && attempt(log, prepared.keep);
+  const isKept =
+    naming &&
+    attempt(INBAND, log, () => {
+      naming.keep();
+      return true;
+    });
+  if (isKept) done.push('joins may name their servers themselves (in-band transit)');
+  const switches = prepared && attempt(MPTCPIFY, log, prepared.keep);
   if (switches) {
     fillByLoad(switches, mptcpify, ownNamespace.inode);
     switches.close();
@@ -278,17 +288,30 @@ export async function load(settings: ClientHostSettings, log: Log): Promise<read
   return done;
 }
 
+/** What may turn out not to be had, and what is done then. */
+type Attempt = { readonly setting: string; readonly event: string; readonly instead: string };
+const MPTCPIFY: Attempt = {
+  setting: 'DETOUR_MPTCPIFY',
+  event: 'mptcpify-unavailable',
+  instead: `Plain TCP sockets stay what they are. ${INSTEAD}`,
+};
+const INBAND: Attempt = {
+  setting: 'DETOUR_STRATEGY=inband',
+  event: 'inband-unavailable',
+  instead: 'Joins cannot name their servers themselves: leases are used everywhere',
+};
+
 /**
  * What cannot be had on this kernel is said, and everything else goes on without. @throws Fatal (69) for what can be mended: an init
  * container that succeeds would hide it.
  */
-function attempt<T>(log: Log, task: () => T): T | null {
+function attempt<T>({ setting, event, instead }: Attempt, log: Log, task: () => T): T | null {
   try {
     return task();
   } catch (error) {
     if (!(error instanceof BpfError)) throw error;
-    if (error.mendable) throw new Fatal(69, `DETOUR_MPTCPIFY: ${error.message}`);
-    log.warn('mptcpify-unavailable', { why: error.message }, `Plain TCP sockets stay what they are. ${INSTEAD}`);
+    if (error.mendable) throw new Fatal(69, `${setting}: ${error.message}`);
+    log.warn(event, { why: error.message }, instead);
     return null;
   }
 }
@@ -298,6 +321,7 @@ export async function unload(settings: ClientHostSettings, log: Log): Promise<vo
   // First: what is made Multipath TCP now would not get the path manager that it was meant for.
   try {
     removeSwitches();
+    removeInband();
   } catch (error) {
     throw error instanceof BpfError ? new Fatal(69, error.message) : error;
   }

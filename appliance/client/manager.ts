@@ -8,7 +8,7 @@ import { makeRoom } from './repair.ts';
 import { isQuestion, onAnswer, onBegin, onRescueEvent, reconsider } from './rescue.ts';
 import { rest } from './revival.ts';
 import { onNetworkChanged, onSourcesFound, sweep } from './roaming.ts';
-import { fill, JOIN_TIMEOUT_MS } from './slots.ts';
+import { fill, joinTimeout } from './slots.ts';
 import { onAnnounced, onRemoved } from './spares.ts';
 import {
   addressKey,
@@ -201,7 +201,13 @@ function onSubflowEstablished(state: State, event: SubflowEvent, now: number, ou
     carrier.suspensions = 0;
     carrier.suspendedUntil = 0;
     if (carrier.state === 'suspended') carrier.state = 'up';
-    if ('useless' in carrier) carrier.useless = null;
+    if ('useless' in carrier) {
+      carrier.useless = null;
+      if (path.inband) {
+        carrier.inband = 'works';
+        carrier.inbandMisses = 0;
+      }
+    }
   }
   fill(state, connection, now, out);
 }
@@ -297,7 +303,8 @@ function onTick(state: State, now: number, out: Command[]): void {
     const connection = state.connections.get(token);
     if (!connection || connection.unmanaged !== null) continue;
     for (const path of [...connection.paths]) {
-      if (path.state !== 'joining' || connection.establishedAt === null || path.since + JOIN_TIMEOUT_MS > now) continue;
+      if (path.state !== 'joining' || connection.establishedAt === null || path.since + joinTimeout(state, path) > now)
+        continue;
       // An unreachable detour raises no event. The kernel's own attempt goes on; if it succeeds after all, we hear of it.
       if (path.kind === 'direct') fail(connection, path, 'the handshake got no answer', now);
       else joinFailed(state, connection, path, 'the handshake got no answer', 'timeout', now, out);

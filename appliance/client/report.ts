@@ -3,7 +3,7 @@ import { type Address, formatAddress, formatEndpoint, sameAddress } from '../pro
 import type { Json } from '../status/daemon.ts';
 import { explainConnection, explainDestination, type Row } from './explain.ts';
 import { shortfall } from './slots.ts';
-import type { Connection, Path, Rescue, State } from './state.ts';
+import type { Connection, Detour, Path, Rescue, State } from './state.ts';
 import type { TunnelView } from './tunnels.ts';
 import { DIRECT } from './worth.ts';
 
@@ -29,7 +29,7 @@ export function showDetours(state: State, observed: (detour: string) => Address 
       state: detour.state,
       rttMs: detour.rttMs === null ? null : round(detour.rttMs),
       epoch: detour.epoch === null ? null : detour.epoch.toString(16).padStart(16, '0'),
-      strategy: strategyOf(state, detour.name),
+      strategy: strategyOf(state, detour),
       why: detour.why || null,
       observed: seen && formatAddress(seen),
     };
@@ -37,9 +37,12 @@ export function showDetours(state: State, observed: (detour: string) => Address 
 }
 
 /** In what ways paths go through a detour: by leases, by its tunnel, or by either. */
-function strategyOf({ rules: { kinds }, tunnels }: State, site: string): string {
-  const tunnelled = [...tunnels.values()].some((tunnel) => tunnel.site === site && tunnel.state !== 'asked');
-  return [...(kinds.includes('nat') ? ['nat'] : []), ...(tunnelled ? ['vpn'] : [])].join(',');
+function strategyOf({ rules: { kinds, inband }, tunnels }: State, detour: Detour): string {
+  const tunnelled = [...tunnels.values()].some((tunnel) => tunnel.site === detour.name && tunnel.state !== 'asked');
+  const named = inband && detour.capability !== null && detour.inband !== 'fails';
+  return [...(named ? ['inband'] : []), ...(kinds.includes('nat') ? ['nat'] : []), ...(tunnelled ? ['vpn'] : [])].join(
+    ',',
+  );
 }
 
 /** The tunnels of a namespace; `view`: what the kernel has of each. */
@@ -176,7 +179,7 @@ function showPath(
     (one) => text.local === formatEndpoint(one.local) && text.remote === formatEndpoint(one.remote),
   );
   return {
-    kind: path.kind === 'spare' ? 'direct' : path.kind,
+    kind: path.kind === 'spare' ? 'direct' : path.kind === 'nat' && path.inband ? 'inband' : path.kind,
     detour: path.detour === null || path.kind === 'spare' ? null : siteOf(state, path.detour),
     ...text,
     state: path.state,

@@ -41,7 +41,13 @@ import { DIRECT, minimumAge } from './worth.ts';
 /** Which detours may serve a connection now, and how its places are given to them. Pure: the choice itself is in paths.ts. */
 
 /** SYNs are sent again after 1 and 3 s (RFC 6298): a join that is silent for this long is not going to answer. */
-export const JOIN_TIMEOUT_MS = 5_000;
+const JOIN_TIMEOUT_MS = 5_000;
+/** One without a lease is given up before the answer to its second SYN: with a lease the same path is there a round trip later. */
+const INBAND_TIMEOUT_MS = 1_000;
+
+/** How long an answer to a path's join is waited for, ms. */
+export const joinTimeout = (state: State, path: Path): number =>
+  path.inband ? INBAND_TIMEOUT_MS + 3 * rttOf(state, path) : JOIN_TIMEOUT_MS;
 
 /** More than any order of a source (RFC 2782: 16 bits of weight). */
 const ORDERS = 2 ** 32;
@@ -121,7 +127,7 @@ export function fill(state: State, connection: Connection, now: number, out: Com
   }
   for (const path of connection.paths) {
     if (path.state === 'joining' && connection.establishedAt !== null)
-      soonest = Math.min(soonest, path.since + JOIN_TIMEOUT_MS);
+      soonest = Math.min(soonest, path.since + joinTimeout(state, path));
     if (path.state === 'requested' && connection.settledAt > now) soonest = Math.min(soonest, connection.settledAt);
     if (path.state === 'requested' && path.turnAt > now) soonest = Math.min(soonest, path.turnAt);
     if (path.kind === 'direct' && path.state === 'failed' && !isGone(state, connection.home))

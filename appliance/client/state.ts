@@ -32,6 +32,9 @@ export type SubflowEvent = {
   readonly error: number;
 } & Tuple;
 
+/** `expiresAt` in monotonic ms. */
+export type Capability = { readonly port: number; readonly expiresAt: number };
+
 /** What the kernel, the detours, the clock and the daemon itself report. Times are the clock's monotonic ms. */
 export type Event =
   | ConnectionEvent
@@ -87,6 +90,8 @@ export type Event =
       readonly local: Address;
       /** What tells its tunnels from those with another key; 0 or nothing while it offers none. */
       readonly tunnels?: number;
+      /** Its port for joins of ours that name their server themselves (docs/protocol.md, In-band transit). */
+      readonly capability?: Capability;
     }
   | { readonly kind: 'detour-down'; readonly detour: string; readonly why: string }
   /** The tunnel to that detour was just found to carry packets. At least one family has an address in it. */
@@ -236,7 +241,7 @@ export type RescueCommand =
 /** How a join ended; `lost` is a path that had been active. */
 export type JoinOutcome = 'established' | 'refused' | 'timeout' | 'failed' | 'limit' | 'lost';
 
-export type Note = 'unmanageable' | 'server-limit' | 'direct-lost';
+export type Note = 'unmanageable' | 'server-limit' | 'direct-lost' | 'inband-fails';
 
 export type Tuple = { readonly local: Endpoint; readonly remote: Endpoint };
 
@@ -279,6 +284,8 @@ export type Rules = {
   readonly ordered: boolean;
   /** Tunnels only to detours whose leases are of no use on this network. */
   readonly fallback?: boolean;
+  /** Joins may name their server themselves, where there is no lease yet: the kernel is prepared for it. */
+  readonly inband?: boolean;
   /** Connections younger than this, from ESTABLISHED, are left alone; null: measured per destination. */
   readonly minAgeMs: number | null;
   /** Empty means every server. */
@@ -319,6 +326,10 @@ export type Path = {
   led: boolean;
   /** To be joined as backup. */
   reserve: boolean;
+  /** Its last join named the server itself and used no lease. */
+  inband: boolean;
+  /** That did not work for it. */
+  leaseOnly: boolean;
   /** Failures in a row. */
   failures: number;
   /** Not before. */
@@ -460,6 +471,11 @@ export type Detour = Traffic & {
   tunnels: number;
   /** Why its leases are of no use on this network; null as long as nothing speaks against them. */
   useless: string | null;
+  capability: Capability | null;
+  /** Whether joins that name their server get through to it, on this network. */
+  inband: 'unknown' | 'works' | 'fails';
+  /** Such joins in a row that nobody answered. */
+  inbandMisses: number;
 };
 
 export type Lease = {
@@ -649,6 +665,8 @@ export function newPath(what: Pick<Path, 'kind' | 'detour' | 'local' | 'remote' 
     retryAt: 0,
     turnAt: 0,
     reserve: false,
+    inband: false,
+    leaseOnly: false,
   };
 }
 

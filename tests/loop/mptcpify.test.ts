@@ -95,6 +95,12 @@ class World {
             };
           },
         ],
+        inband: {
+          isLoaded: () => false,
+          open: () => {
+            throw new Error('no BPF here');
+          },
+        },
         openAnnouncing: () => {
           throw new Error('nothing is announced');
         },

@@ -265,6 +265,12 @@ class Pair {
           close: () => undefined,
         }),
         providers: [],
+        inband: {
+          isLoaded: () => false,
+          open: () => {
+            throw new Error('no BPF here');
+          },
+        },
         openAnnouncing: () => {
           throw new Error('nothing is announced');
         },

@@ -128,6 +128,12 @@ class Node {
             return { status: () => this.status, stop: () => undefined };
           },
         ],
+        inband: {
+          isLoaded: () => false,
+          open: () => {
+            throw new Error('no BPF here');
+          },
+        },
         openAnnouncing: () => {
           throw new Error('nothing is announced');
         },

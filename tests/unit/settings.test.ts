@@ -227,6 +227,16 @@ describe('values', () => {
   ])('takes the strategy %s for %j, ordered %j, tunnels as the last resort %j', (text, kinds, ordered, fallback) => {
     expect(client({ DETOUR_STRATEGY: text }).settings.strategy).toEqual({ kinds, ordered, fallback });
   });
+
+  it.each([
+    ['inband', ['nat'], true],
+    ['inband,nat', ['nat'], true],
+    ['vpn,inband', ['vpn', 'nat'], true],
+    ['auto,inband', ['nat', 'vpn'], false],
+  ])('takes the strategy %s for leases, %j, whose joins need not wait for them', (text, kinds, ordered) => {
+    const { strategy } = client({ DETOUR_STRATEGY: text }).settings;
+    expect(strategy).toMatchObject({ kinds, ordered, inband: true });
+  });
 });
 
 describe('one rule, one line', () => {
@@ -325,8 +335,7 @@ describe('one rule, one line', () => {
     ['DETOUR_MAX_PATHS', '9', /from 1 to 8/],
     ['DETOUR_MAX_PATHS', '2.5', /whole number/],
     ['DETOUR_SYSCTL_ROOT', 'proc', /absolute path/],
-    ['DETOUR_STRATEGY', 'inband,nat', /not available in this version/],
-    ['DETOUR_STRATEGY', 'inband', /not available in this version/],
+    ['DETOUR_STRATEGY', 'inband,inband', /inband twice/],
     ['DETOUR_STRATEGY', 'vpn,vpn', /vpn twice/],
     ['DETOUR_STRATEGY', 'magic', /not known/],
     ['DETOUR_MODE', 'fastest', /aggregate, backup/],
