@@ -110,6 +110,7 @@ export async function examine(subject: Subject, ports: DoctorPorts): Promise<rea
     clockCheck(ports.clock),
   ];
   if (client) checks.push(mptcp(machine, client, place), mptcpify(machine, client, place));
+  if (client?.strategy.inband && client.sides.includes('client')) checks.push(inband(machine, place));
   if (client?.sides.includes('client')) checks.push(pathManager(machine, client, place, subject.running.client));
   else if (client) checks.push(accepting(machine, client));
   if (client) checks.push(workloads(client, place, ports));
@@ -420,6 +421,30 @@ async function mptcpify(machine: Machine, client: ClientHostSettings, place: Pla
   return checks;
 }
 
+/** Whether joins can name their servers. Where they cannot, leases are used: nothing of it is a failure. */
+async function inband(machine: Machine, place: Place): Promise<readonly Check[]> {
+  if ((await machine.list(PINS)).includes('inband')) return [ok('inband', '`detour load` prepared the kernel')];
+  const lacking: Check[] = [];
+  const libraries = await machine.read('/etc/ld.so.cache');
+  if (libraries !== null && !libraries.includes('libbpf.so.1'))
+    lacking.push(warn('inband', 'libbpf is not installed, so joins wait for leases', 'apt-get install libbpf1'));
+  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec((await machine.read('/proc/self/status')) ?? '')?.[1] ?? '0';
+  const missing = missingOf(effective, ['BPF', 'PERFMON', 'NET_ADMIN']);
+  if (missing.length > 0) {
+    const fix = {
+      host: 'sudo detour load',
+      docker: `docker run: ${missing.map((one) => `--cap-add ${one}`).join(' ')}`,
+      kubernetes: `securityContext.capabilities.add: [${missing.join(', ')}]`,
+    };
+    const lacks = missing.map((one) => `CAP_${one}`).join(' and ');
+    lacking.push(warn('inband', `this process has no ${lacks}, so joins wait for leases`, fix[place]));
+  }
+  const mounts = mountsIn((await machine.read('/proc/self/mountinfo')) ?? '');
+  const tree = await groups(machine, mounts, place);
+  if (tree.state !== 'ok') lacking.push(warn('inband', `${tree.detail}, so joins wait for leases`, ...tree.fix));
+  return lacking.length > 0 ? lacking : [ok('inband', 'the agent may prepare the kernel itself')];
+}
+
 const bpfFileSystem: Readonly<Record<Place, readonly string[]>> = {
   host: ['mount -t bpf bpf /sys/fs/bpf'],
   docker: ['docker run: -v /sys/fs/bpf:/sys/fs/bpf'],
@@ -432,7 +457,7 @@ async function groups(machine: Machine, mounts: readonly Mount[], place: Place):
   if (!mount) {
     return fail(
       'cgroups',
-      'no control groups of version 2 are mounted, by which labelled workloads are found',
+      'no control groups of version 2 are mounted',
       'mount -t cgroup2 none /sys/fs/cgroup   # or boot with systemd.unified_cgroup_hierarchy=1',
     );
   }

@@ -678,6 +678,34 @@ describe('DETOUR_MPTCPIFY', () => {
   });
 });
 
+describe('in-band transit', () => {
+  const FILES = {
+    '/proc/self/status': 'CapEff:\t000000c000001000\n',
+    '/proc/self/mountinfo': '30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw',
+    '/proc/self/cgroup': '0::/\n',
+    '/etc/ld.so.cache': 'libbpf.so.1',
+  };
+  const client = loadClientHostSettings({ ...sources, env: { DETOUR_STRATEGY: 'inband' } }).settings;
+  const look = (files: Record<string, string> = {}) => diagnose({ files: { ...FILES, ...files } }, { client });
+
+  it('is fine where everything is there, or was prepared', async () => {
+    expect(sick(await look())).toEqual([]);
+    const bare = { '/proc/self/status': 'CapEff:\t0000000000001000\n', '/proc/self/mountinfo': '' };
+    expect(sick(await look({ ...bare, '/sys/fs/bpf/detour/inband': 'pin' }))).toEqual([]);
+  });
+
+  it.each<[string, Record<string, string>, RegExp]>([
+    ['no capabilities', { '/proc/self/status': 'CapEff:\t0000000000001000\n' }, /sudo detour load/],
+    ['no libbpf', { '/etc/ld.so.cache': 'libc.so.6' }, /apt-get install libbpf1/],
+    ['no control groups', { '/proc/self/mountinfo': '' }, /mount -t cgroup2/],
+    ['a container that sees its own only', { '/.dockerenv': 'x' }, /-v \/sys\/fs\/cgroup/],
+  ])('warns of %s, and says what helps', async (_, files, fix) => {
+    const found = sick(await look(files));
+    expect(found.map(({ name, state }) => [name, state])).toEqual([['inband', 'warn']]);
+    expect(found[0]?.fix.join()).toMatch(fix);
+  });
+});
+
 describe("the server's side alone", () => {
   const server = loadClientHostSettings({ ...sources, env: { DETOUR_ROLE: 'server' } }).settings;
 
