@@ -13,7 +13,7 @@ import {
 import type { FakeClock } from './clock.ts';
 
 /** What becomes of a SYN sent to `remote`: it reaches this server, is reset, or is never heard of again. */
-export type Way = (local: Endpoint, remote: Endpoint) => Endpoint | 'reset' | 'silence';
+export type Way = (local: Endpoint, remote: Endpoint, server: Endpoint) => Endpoint | 'reset' | 'silence';
 
 type Flow = Subflow & {
   readonly localId: number;
@@ -208,7 +208,7 @@ export class FakeKernel {
       acked: 0,
     };
     connection.flows.push(flow);
-    const reached = this.way(flow.local, flow.remote);
+    const reached = this.way(flow.local, flow.remote, connection.remote);
     if (reached === 'silence') return;
     this.#clock.after(this.rtt, () => {
       if (!this.#connections.has(connection.token) || !connection.flows.includes(flow)) return;

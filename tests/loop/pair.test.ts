@@ -79,6 +79,10 @@ class Pair {
   /** What the client told nft about tunnels, in order. */
   readonly guard: string[] = [];
   readonly lines: { level: string; event: string }[] = [];
+  /** Ports at which the client's kernel names servers; null while it cannot. */
+  naming: Set<string> | null = null;
+  /** What becomes of SYNs with the option on their way. */
+  middlebox: 'passes' | 'drops' = 'passes';
   daemon: Daemon | null = null;
   /** Machines whose way is cut: neither datagrams nor SYNs get through. */
   readonly cut = new Set<string>();
@@ -93,13 +97,16 @@ class Pair {
       const ends = [from, to].map((one) => formatAddress(one.address));
       return ends.some((end) => this.cut.has(end)) ? [] : this.fate(from, to, bytes);
     };
-    this.kernel.way = (local, remote) => {
+    this.kernel.way = (local, remote, server) => {
       if (this.wire.isInside(local.address)) return this.#throughTunnel(local, remote);
       const machine = this.machines.find(({ v4, v6 }) => [v4, v6].some((one) => one.value === remote.address.value));
       if (!machine) return remote;
       if (this.cut.has(formatAddress(remote.address))) return 'silence';
       const family = local.address.family;
-      const to = machine.nft.elements(`leases${family}`).get(`${formatAddress(local.address)} . ${remote.port}`);
+      const slot = `${formatAddress(local.address)} . ${remote.port}`;
+      if (this.naming?.has(formatEndpoint(remote)) && machine.nft.elements('auth4').has(slot))
+        return this.middlebox === 'drops' ? 'silence' : server;
+      const to = machine.nft.elements(`leases${family}`).get(slot);
       // A SYN to a lease port without a lease is dropped in the raw hook.
       if (!to) return 'silence';
       const [host = '', port = ''] = to.split(' . ');
@@ -266,9 +273,16 @@ class Pair {
         }),
         providers: [],
         inband: {
-          isLoaded: () => false,
+          isLoaded: () => this.naming !== null,
           open: () => {
-            throw new Error('no BPF here');
+            const { naming } = this;
+            if (!naming) throw new Error('no BPF here');
+            return {
+              by: 'load',
+              add: (at) => void naming.add(formatEndpoint(at)),
+              remove: (at) => void naming.delete(formatEndpoint(at)),
+              close: () => undefined,
+            };
           },
         },
         openAnnouncing: () => {
@@ -757,7 +771,8 @@ describe('tunnels', () => {
     expect(devices()).toEqual([]);
     // Only UDP passes on this network.
     const way = pair.kernel.way;
-    pair.kernel.way = (local, remote) => (machine.v4.value === remote.address.value ? 'silence' : way(local, remote));
+    pair.kernel.way = (local, remote, server) =>
+      machine.v4.value === remote.address.value ? 'silence' : way(local, remote, server);
     const second = await pair.connect(endpoint('93.184.216.35:443'));
     await pair.clock.advance(15_000);
     expect(await paths(second)).toContain('vpn d1 active');
@@ -769,7 +784,8 @@ describe('tunnels', () => {
     const machine = await pair.machine(1, vpn());
     await pair.startAgent(AUTO);
     const way = pair.kernel.way;
-    pair.kernel.way = (local, remote) => (machine.v4.value === remote.address.value ? 'silence' : way(local, remote));
+    pair.kernel.way = (local, remote, server) =>
+      machine.v4.value === remote.address.value ? 'silence' : way(local, remote, server);
     const token = await pair.connect();
     await pair.clock.advance(15_000);
     expect(devices()).toHaveLength(1);
@@ -947,5 +963,83 @@ describe('tunnels', () => {
     await pair.clock.advance(1_000);
     await stopped;
     detours.stop();
+  });
+});
+
+describe('in-band transit', () => {
+  const nat = async () => {
+    const [connection] = (await pair.status()).connections.slice(-1);
+    return connection?.paths.filter(({ detour }) => detour === 'd1').map(({ kind, state }) => `${kind} ${state}`);
+  };
+
+  test('needs no lease once it worked, and its port is taken back at the end', async () => {
+    pair.naming = new Set();
+    const machine = await pair.machine(1, { inband: true });
+    await pair.startAgent();
+    await pair.connect();
+    await pair.clock.advance(1_000);
+    expect(await nat()).toEqual(['inband active']);
+    const before = pair.leases(machine).length;
+    const token = await pair.connect(endpoint('93.184.216.40:443'));
+    await pair.clock.advance(1_000);
+    expect(pair.kernel.flows(token).length).toBe(2);
+    expect(await nat()).toEqual(['inband active']);
+    expect(pair.leases(machine).length).toBe(before);
+    // Its port is extended for as long as the agent runs.
+    await pair.clock.advance(3_600_000);
+    expect(pair.naming.size).toBe(1);
+    expect(machine.nft.elements('auth4').size).toBe(1);
+    const stopped = pair.daemon?.stop();
+    await pair.clock.advance(1_000);
+    await stopped;
+    expect(pair.naming.size).toBe(0);
+  });
+
+  test('gives way to leases where the network drops its SYNs, in the same connection', async () => {
+    pair.naming = new Set();
+    pair.middlebox = 'drops';
+    await pair.machine(1, { inband: true });
+    await pair.startAgent({ strategy: { kinds: ['nat'], ordered: true, inband: true } });
+    const token = await pair.connect();
+    await pair.clock.advance(3_000);
+    expect(pair.kernel.flows(token).length).toBe(2);
+    expect(await nat()).toEqual(['nat active']);
+    expect(pair.lines.map(({ event }) => event)).toContain('inband-fails');
+    await pair.connect(endpoint('93.184.216.40:443'));
+    await pair.clock.advance(500);
+    expect(await nat()).toEqual(['nat active']);
+  });
+
+  test.each([
+    ['the kernel is not prepared', false, true],
+    ['the router takes none', true, false],
+  ])('is not tried where %s', async (_, prepared, inband) => {
+    if (prepared) pair.naming = new Set();
+    await pair.machine(1, { inband });
+    await pair.startAgent({ strategy: { kinds: ['nat'], ordered: true, inband: true } });
+    await pair.connect();
+    await pair.clock.advance(500);
+    expect(await nat()).toEqual(['nat active']);
+    expect(pair.lines.filter(({ event }) => event === 'inband-unavailable').length).toBe(prepared ? 0 : 1);
+  });
+
+  test('goes on with a router that restarts, and ends with one that takes it no more', async () => {
+    pair.naming = new Set();
+    const machine = await pair.machine(1, { inband: true });
+    await pair.startAgent();
+    await pair.connect();
+    await pair.clock.advance(1_000);
+    await pair.stopRouter(machine);
+    await pair.startRouter(machine, { inband: true });
+    await pair.connect(endpoint('93.184.216.40:443'));
+    await pair.clock.advance(1_000);
+    expect(await nat()).toEqual(['inband active']);
+    await pair.stopRouter(machine);
+    await pair.startRouter(machine, { inband: false });
+    await pair.clock.advance(60_000);
+    expect(pair.naming.size).toBe(0);
+    await pair.connect(endpoint('93.184.216.41:443'));
+    await pair.clock.advance(1_000);
+    expect(await nat()).toEqual(['nat active']);
   });
 });
