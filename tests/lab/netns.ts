@@ -294,9 +294,9 @@ export class Host {
    * Gives the programs that are started here from now on a folder of their own, empty, in place of one that all hosts of
    * this machine share.
    */
-  async isolate(folder: string): Promise<void> {
-    const script = 'mkdir -p "$0" && mount -t tmpfs none "$0" && echo mounted && exec sleep infinity';
-    const holder = this.spawn(['unshare', '--mount', '--', 'sh', '-c', script, folder]);
+  async isolate(folder: string, type: 'tmpfs' | 'bpf' = 'tmpfs'): Promise<void> {
+    const script = 'mkdir -p "$0" && mount -t "$1" none "$0" && echo mounted && exec sleep infinity';
+    const holder = this.spawn(['unshare', '--mount', '--', 'sh', '-c', script, folder, type]);
     await holder.waitFor('mounted');
     this.#mounts = [`--mount=/proc/${holder.pid}/ns/mnt`];
   }
