@@ -25,7 +25,7 @@ const PROGRAMS: ReadonlyMap<string, readonly (readonly [string, ...string[]])[]>
 /** What a ring's tests run inside of. It ends with LACKING, and says why, where the machine cannot. */
 const INSIDE: ReadonlyMap<string, readonly [string, ...string[]]> = new Map([
   // Nice to those beside it, whose clock is the machine's.
-  ['vm', ['nice', '-n', '19', join(import.meta.dirname, 'vm.sh'), 'run', '--timeout', '2400', '--']],
+  ['vm', ['nice', '-n', '19', join(import.meta.dirname, 'vm.sh'), 'run', '--timeout', '3000', '--']],
 ]);
 /** sysexits.h: EX_UNAVAILABLE */
 const LACKING = 69;

@@ -8,7 +8,7 @@ import { connectionIs, detoursAre, type Status, type StatusPath, World } from '.
 
 const LAB = join(import.meta.dirname, '../lab');
 const SERVER = '10.81.0.2:5000';
-const BYTES = 8_000_000;
+const BYTES = 16_000_000;
 const INBAND = { DETOUR_STRATEGY: 'inband' };
 const PORTS = 25;
 const ADDRESSES = ['10.84.0.1', '10.84.0.2', '10.84.0.3', '10.84.0.4'];
