@@ -140,7 +140,7 @@ describe.runIf(requireRoot('tests in a Kubernetes cluster'))('the agent of every
     const status = await world.inside(agent, 'detour', 'status');
     expect(status).toMatch(/default\/served1 +served/);
     const doctor = await world.inside(agent, 'detour', 'doctor');
-    expect(doctor).toMatch(/ok +workloads/);
+    expect(doctor).toMatch(/ok +enter/);
     expect(doctor).toContain(' 0 to look at, 0 failed');
   });
 
