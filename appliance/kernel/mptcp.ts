@@ -241,7 +241,7 @@ export function signalEndpoints(namespace: Namespace): SignalEndpoints {
   }
   const same = (nest: Map<number, Buffer>, wanted: Address): boolean => {
     const bytes = nest.get(wanted.family === 4 ? IN_ADDRESS.ADDR4 : IN_ADDRESS.ADDR6);
-    const isSignal = integer(nest.get(IN_ADDRESS.FLAGS)) === FLAG_SIGNAL && !nest.has(IN_ADDRESS.PORT);
+    const isSignal = integer(nest.get(IN_ADDRESS.FLAGS)) === FLAG_SIGNAL && !integer(nest.get(IN_ADDRESS.PORT));
     return isSignal && bytes !== undefined && BigInt(`0x${bytes.toString('hex')}`) === wanted.value;
   };
   return {

@@ -1,4 +1,4 @@
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { type Host, type Running, requireRoot, waitUntil } from '../lab/netns.ts';
 import { expectedSha256, startServer, startTransfer } from '../lab/traffic.ts';
 import { connect } from './stage.ts';
@@ -36,10 +36,16 @@ describe.runIf(requireRoot('tests of announced detours'))('detours that a server
     router = await world.startRouter(detour(), { DETOUR_ANNOUNCE_PORTS: '5000,8000-8010' });
   });
   afterAll(() => world?.[Symbol.asyncDispose]());
+  let running: Running | null = null;
+  afterEach(async () => {
+    await running?.stop();
+    running = null;
+  });
 
   /** Starts the server's agent and waits until the detour said yes for both families. */
   async function announcing(): Promise<{ program: Running; status: () => Promise<Status> }> {
     const agent = await world.startAgent(ANNOUNCING, world.server);
+    running = agent.program;
     await waitUntil(async () => (await endpoints(world.server)).includes(detour().v4), {
       deadlineMs: 20_000,
       what: 'the detour to be announced',

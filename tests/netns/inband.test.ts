@@ -109,13 +109,13 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
   });
 
   it('lead a thousand connections to a hundred servers, each to its own, and leave no state behind for any', async () => {
-    for (const address of ADDRESSES) await world.server.exec(['ip', 'address', 'add', `${address}/32`, 'dev', 'lo']);
+    for (const address of ADDRESSES)
+      await world.server.exec(['ip', 'address', 'replace', `${address}/32`, 'dev', 'lo']);
     await world.gateway.route('10.84.0.0/24 via 10.81.0.2');
     await detour().host.route('10.84.0.0/24 via 10.83.1.2');
     const places = ADDRESSES.flatMap((address) =>
       Array.from({ length: PORTS }, (_, index) => `${address}:${7_000 + index}`),
     );
-    const before = await leases();
     await world.client.exec(['sysctl', '-qw', 'net.mptcp.pm_type=1']);
     const server = world.server.spawn(['python3', join(LAB, 'crowd.py'), 'serve', ...places]);
     await server.waitFor('listening', 20_000);
@@ -140,7 +140,7 @@ describe.runIf(requireRoot('tests of in-band transit'))('joins that name their s
     expect(joins.trim().split('\n')).toHaveLength(CONNECTIONS);
     crowd.write('\n');
     await crowd.waitFor(`good ${CONNECTIONS}`, 60_000);
-    expect(await leases()).toBe(before);
+    for (const address of ADDRESSES) expect(await leases()).not.toContain(address);
     expect(await counter(world.server, 'count', 'options')).toBe(0);
     await joiner.stop('SIGKILL');
     await server.stop('SIGKILL');
