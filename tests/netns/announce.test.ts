@@ -7,7 +7,7 @@ import { hostState, type Status, World } from './world.ts';
 /** A server that has its detours announced (`DETOUR_ANNOUNCE`), and a client without any software of ours. */
 
 const SERVER = '10.81.0.2:5000';
-const BYTES = 20_000_000;
+const BYTES = 12_000_000;
 const ANNOUNCING = { DETOUR_ROLE: 'server', DETOUR_ANNOUNCE: '5000' };
 
 const endpoints = (host: Host): Promise<string> => host.exec(['ip', 'mptcp', 'endpoint', 'show']);
