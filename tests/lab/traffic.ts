@@ -3,7 +3,8 @@
  *
  * As a program (needs nothing but Node, so it can be copied into an image):
  *   node traffic.ts serve --port 5000 [--host ::]
- *   node traffic.ts transfer --to 10.0.0.2:5000 --bytes 1000000 [--seed x] [--direction up|down]
+ *   node traffic.ts transfer --to 10.0.0.2:5000 --bytes 1000000 [--seconds 10] [--seed x] [--direction up|down]
+ *   node traffic.ts flows --to 10.0.0.2:5000 --count 20 --bytes 10000
  *   node traffic.ts messages --to 10.0.0.2:5000 --count 100 [--every-ms 100] [--size 200]
  *   node traffic.ts hold --to 10.0.0.2:5000 --count 1000 [--every-ms 25]
  * Every line on standard output is one JSON object with an `event`. Sockets are plain TCP as far as Node knows: started under
@@ -20,7 +21,8 @@ import { parseArgs } from 'node:util';
 import type { Host, Running } from './netns.ts';
 
 const SLOT_MS = 50;
-const SAMPLE_EVERY_MS = 100;
+/** Looking starts a program, which is a tenth of a second's work for the emulated processor of the VM. */
+const SAMPLE_EVERY_MS = process.env['LAB_VM'] === '1' ? 500 : 100;
 const CHUNK_BYTES = 64 * 1024;
 /** A header is one short JSON line; whoever sends more without a newline speaks something else. */
 const LONGEST_HEADER_BYTES = 1024;
@@ -73,8 +75,22 @@ export type MessagesResult = {
   readonly longestMs: number;
 };
 
+export type FlowsResult = {
+  readonly event: 'flows';
+  readonly bytes: number;
+  /** From before the connection was opened until the last byte arrived, in ms, in the order of the flows. */
+  readonly completions: readonly number[];
+};
+
 type Header =
-  | { readonly mode: 'transfer'; readonly direction: Direction; readonly bytes: number; readonly seed: string }
+  | {
+      readonly mode: 'transfer';
+      readonly direction: Direction;
+      readonly bytes: number;
+      readonly seed: string;
+      /** The receiver ends it after this time, however much has arrived. */
+      readonly seconds?: number;
+    }
   | { readonly mode: 'echo' };
 
 /** The SHA-256 that a transfer of these bytes must have, computed from the seed alone. */
@@ -105,6 +121,8 @@ export type TransferOptions = {
   /** `10.0.0.2:5000` or `[fd00::2]:5000` */
   readonly to: string;
   readonly bytes: number;
+  /** Ends it this long after the first byte arrived, should it not be complete. */
+  readonly seconds?: number;
   readonly seed?: string;
   readonly direction?: Direction;
   readonly transport?: 'mptcp' | 'tcp';
@@ -116,6 +134,7 @@ export type Transfer = { readonly program: Running; readonly result: Promise<Tra
 /** Starts a transfer from (or, with direction 'down', to) a host. The numbers are the receiver's. */
 export function startTransfer(host: Host, options: TransferOptions): Transfer {
   const args = ['transfer', '--to', options.to, '--bytes', String(options.bytes), '--seed', options.seed ?? 'detour'];
+  if (options.seconds !== undefined) args.push('--seconds', String(options.seconds));
   const program = host.spawn(trafficCommand([...args, '--direction', options.direction ?? 'up'], options.transport));
   return { program, result: finalLine<TransferResult>(program, 'done') };
 }
@@ -135,6 +154,21 @@ export function startMessages(
     trafficCommand([...args, '--every-ms', String(options.everyMs ?? 100)], options.transport),
   );
   return { program, result: finalLine<MessagesResult>(program, 'messages') };
+}
+
+/** Downloads the same number of bytes over one new connection after the other, and measures how long each takes. */
+export function startFlows(
+  host: Host,
+  options: {
+    readonly to: string;
+    readonly count: number;
+    readonly bytes: number;
+    readonly transport?: 'mptcp' | 'tcp';
+  },
+): { readonly program: Running; readonly result: Promise<FlowsResult> } {
+  const args = ['flows', '--to', options.to, '--count', String(options.count), '--bytes', String(options.bytes)];
+  const program = host.spawn(trafficCommand(args, options.transport));
+  return { program, result: finalLine<FlowsResult>(program, 'flows') };
 }
 
 /**
@@ -280,11 +314,26 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
   const series: Progress[] = [];
   const complete = Promise.withResolvers<void>();
   let [bytes, start, previous, longestStallMs, stallAtMs] = [0, 0, 0, 0, 0];
+  let end: NodeJS.Timeout | undefined;
+  let over = false;
+  const finish = (): void => {
+    over = true;
+    complete.resolve();
+  };
+  const expire = (ms: number): void => {
+    // A silence that lasts until the end is one, too.
+    if (start + ms - previous > longestStallMs) [longestStallMs, stallAtMs] = [start + ms - previous, previous - start];
+    while (slots.length < ms / SLOT_MS) slots.push(0);
+    previous = start + ms;
+    finish();
+  };
   const take = (chunk: Buffer): void => {
-    if (chunk.length === 0) return;
+    // What comes after the end is on its way to be thrown away.
+    if (chunk.length === 0 || over) return;
     const now = performance.now();
     if (bytes === 0) {
       start = now;
+      if (header.seconds !== undefined) end = setTimeout(expire, header.seconds * 1000, header.seconds * 1000);
     } else if (now - previous > longestStallMs) {
       longestStallMs = now - previous;
       stallAtMs = previous - start;
@@ -295,13 +344,13 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
     const slot = Math.floor((now - start) / SLOT_MS);
     while (slots.length <= slot) slots.push(0);
     slots[slot] = (slots[slot] ?? 0) + chunk.length;
-    if (bytes >= header.bytes) complete.resolve();
+    if (bytes >= header.bytes) finish();
   };
   const report = async (): Promise<void> => {
     await counter.sample();
     if (bytes === 0) return;
     // The last one counts until the last byte, not until it was looked at.
-    const ms = (bytes >= header.bytes ? previous : performance.now()) - start;
+    const ms = (over ? previous : performance.now()) - start;
     const progress: Progress = { event: 'progress', ms, bytes, paths: counter.paths };
     series.push(progress);
     print(progress);
@@ -317,7 +366,7 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
   try {
     take(first);
     socket.on('data', take);
-    socket.once('error', complete.reject);
+    socket.on('error', complete.reject);
     socket.once('close', () => complete.reject(new Error(`closed after ${bytes} of ${header.bytes} bytes`)));
     socket.resume();
     await complete.promise;
@@ -327,7 +376,7 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
     await report();
   } finally {
     sampler.abort();
-    socket.off('data', take);
+    clearTimeout(end);
   }
   const ms = previous - start;
   return {
@@ -427,14 +476,42 @@ async function transfer(to: string, header: Header & { mode: 'transfer' }): Prom
   print({ event: 'connected', localPort: socket.localPort });
   const failed = new Promise<never>((_, reject) => socket.once('error', reject));
   if (header.direction === 'up') {
-    const [reply] = await Promise.race([failed, Promise.all([readLine(socket), send(socket, header)])]);
-    process.stdout.write(`${reply.line}\n`);
+    const reply = readLine(socket);
+    // With a limit of time the answer comes before all is sent.
+    const sending = send(socket, header).catch((error: unknown) => {
+      if (header.seconds === undefined) throw error;
+    });
+    const { line } = await Promise.race([failed, header.seconds === undefined ? sending.then(() => reply) : reply]);
+    process.stdout.write(`${line}\n`);
+    if (header.seconds !== undefined) socket.destroy();
   } else {
     const result = await Promise.race([failed, receive(socket, Buffer.alloc(0), header)]);
     print(result);
-    socket.end('done\n');
+    if (header.seconds === undefined) socket.end('done\n');
+    else socket.destroy();
   }
   socket.destroySoon();
+}
+
+async function flows(to: string, count: number, bytes: number): Promise<void> {
+  const completions: number[] = [];
+  while (completions.length < count) {
+    const start = performance.now();
+    const socket = await open(to, { mode: 'transfer', direction: 'down', bytes, seed: 'detour' });
+    await new Promise<void>((resolve, reject) => {
+      let arrived = 0;
+      socket.on('data', (chunk: Buffer) => {
+        arrived += chunk.length;
+        if (arrived >= bytes) resolve();
+      });
+      socket.once('error', reject).once('close', () => reject(new Error(`closed after ${arrived} of ${bytes} bytes`)));
+    });
+    completions.push(performance.now() - start);
+    const closed = new Promise((resolve) => socket.once('close', resolve));
+    socket.end('done\n');
+    await closed;
+  }
+  print({ event: 'flows', bytes, completions } satisfies FlowsResult);
 }
 
 async function messages(to: string, count: number, everyMs: number, size: number): Promise<void> {
@@ -505,6 +582,7 @@ async function main(): Promise<void> {
       host: { type: 'string', default: '::' },
       to: { type: 'string', default: '' },
       bytes: { type: 'string', default: '1000000' },
+      seconds: { type: 'string' },
       seed: { type: 'string', default: 'detour' },
       direction: { type: 'string', default: 'up' },
       count: { type: 'string', default: '100' },
@@ -517,14 +595,18 @@ async function main(): Promise<void> {
       return serve(Number(values.port), values.host);
     case 'transfer': {
       const direction = values.direction === 'down' ? 'down' : 'up';
-      return transfer(values.to, { mode: 'transfer', direction, bytes: Number(values.bytes), seed: values.seed });
+      const seconds = values.seconds === undefined ? {} : { seconds: Number(values.seconds) };
+      const bytes = Number(values.bytes);
+      return transfer(values.to, { mode: 'transfer', direction, bytes, seed: values.seed, ...seconds });
     }
+    case 'flows':
+      return flows(values.to, Number(values.count), Number(values.bytes));
     case 'messages':
       return messages(values.to, Number(values.count), Number(values['every-ms'] ?? 100), Number(values.size));
     case 'hold':
       return hold(values.to, Number(values.count), Number(values['every-ms'] ?? 0));
     default:
-      throw new Error(`unknown command '${positionals[0] ?? ''}': use serve, transfer, messages or hold`);
+      throw new Error(`unknown command '${positionals[0] ?? ''}': use serve, transfer, flows, messages or hold`);
   }
 }
 
