@@ -1,3 +1,5 @@
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { parse } from 'yaml';
 import { SCENARIOS } from '../../lab/scenarios.ts';
@@ -65,6 +67,14 @@ describe('the description of a laboratory', () => {
     const scenario = readScenario(parse(TEXT));
     expect(readScenario(JSON.parse(JSON.stringify(scenario)))).toEqual(scenario);
     for (const known of SCENARIOS.values()) expect(readScenario(JSON.parse(JSON.stringify(known)))).toEqual(known);
+  });
+
+  it('is as docs/laboratory.md has it', () => {
+    const page = readFileSync(join(import.meta.dirname, '../../../docs/laboratory.md'), 'utf8');
+    const example = /```yaml\n([^`]*)```/.exec(page)?.[1] ?? '';
+    const scenario = readScenario(parse(example));
+    expect(Object.keys(scenario.ways)).toEqual(['tcp', 'mptcp', 'nat', 'tcp_nat', 'nat6']);
+    expect(scenario.events).toHaveLength(2);
   });
 
   it('tells everything that is wrong at once', () => {
