@@ -231,7 +231,7 @@ class Stage implements AsyncDisposable {
     const [first, ...others] = this.#scenario.traffic;
     if (!first) throw new Error('nothing to send');
     const main = await begin(first);
-    await main.program.waitFor(first.kind === 'transfer' ? /"progress"|"done"/ : /./, 60_000);
+    await main.program.waitFor('"connected"', 60_000);
     const start = performance.now();
     const at = async <T>(seconds: number, act: () => Promise<T>): Promise<T> => {
       await delay(Math.max(0, start + seconds * 1000 - performance.now()));
@@ -246,7 +246,7 @@ class Stage implements AsyncDisposable {
     );
     const beside = others.map((traffic) => at(traffic.atS, async () => (await begin(traffic)).result));
     const [outcomes] = await Promise.all([Promise.all([main.result, ...beside]), Promise.all(happening)]);
-    await this.#restore();
+    await this.#restore(agent);
     return { outcomes, events };
   }
 
@@ -352,9 +352,10 @@ class Stage implements AsyncDisposable {
   }
 
   /** As it was before the events. */
-  async #restore(): Promise<void> {
+  async #restore(agent: Daemon | null): Promise<void> {
     for (const event of this.#scenario.events) {
       if (event.does === 'kill') {
+        if (event.node === this.#scenario.client) await agent?.cli('cleanup', 'client');
         const router = this.#routers.get(event.node);
         if (!router || router.program.running) continue;
         router.restart();

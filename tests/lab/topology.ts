@@ -49,7 +49,7 @@ export type Traffic =
   | { readonly kind: 'messages'; readonly count: number; readonly everyMs: number; readonly atS: number }
   | { readonly kind: 'flows'; readonly count: number; readonly bytes: number; readonly atS: number };
 
-/** Times count from the first byte of the first traffic. What an event changes is put back after the run. */
+/** Times count from when the first traffic is connected. What an event changes is put back after the run. */
 export type Happening =
   | { readonly atS: number; readonly link: string; readonly does: 'blackhole' | 'restore' }
   | { readonly atS: number; readonly link: string; readonly does: 'shape'; readonly to: Quality }

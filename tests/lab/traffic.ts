@@ -314,26 +314,29 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
   const series: Progress[] = [];
   const complete = Promise.withResolvers<void>();
   let [bytes, start, previous, longestStallMs, stallAtMs] = [0, 0, 0, 0, 0];
+  const limitMs = header.seconds === undefined ? Number.POSITIVE_INFINITY : header.seconds * 1000;
   let end: NodeJS.Timeout | undefined;
   let over = false;
   const finish = (): void => {
     over = true;
     complete.resolve();
   };
-  const expire = (ms: number): void => {
+  const expire = (): void => {
     // A silence that lasts until the end is one, too.
-    if (start + ms - previous > longestStallMs) [longestStallMs, stallAtMs] = [start + ms - previous, previous - start];
-    while (slots.length < ms / SLOT_MS) slots.push(0);
-    previous = start + ms;
+    if (start + limitMs - previous > longestStallMs) {
+      [longestStallMs, stallAtMs] = [start + limitMs - previous, previous - start];
+    }
+    while (slots.length < limitMs / SLOT_MS) slots.push(0);
+    previous = start + limitMs;
     finish();
   };
   const take = (chunk: Buffer): void => {
     // What comes after the end is on its way to be thrown away.
-    if (chunk.length === 0 || over) return;
     const now = performance.now();
+    if (chunk.length === 0 || over || (bytes > 0 && now - start >= limitMs)) return;
     if (bytes === 0) {
       start = now;
-      if (header.seconds !== undefined) end = setTimeout(expire, header.seconds * 1000, header.seconds * 1000);
+      if (header.seconds !== undefined) end = setTimeout(expire, limitMs);
     } else if (now - previous > longestStallMs) {
       longestStallMs = now - previous;
       stallAtMs = previous - start;
@@ -498,6 +501,7 @@ async function flows(to: string, count: number, bytes: number): Promise<void> {
   while (completions.length < count) {
     const start = performance.now();
     const socket = await open(to, { mode: 'transfer', direction: 'down', bytes, seed: 'detour' });
+    if (completions.length === 0) print({ event: 'connected', localPort: socket.localPort });
     await new Promise<void>((resolve, reject) => {
       let arrived = 0;
       socket.on('data', (chunk: Buffer) => {
@@ -516,6 +520,7 @@ async function flows(to: string, count: number, bytes: number): Promise<void> {
 
 async function messages(to: string, count: number, everyMs: number, size: number): Promise<void> {
   const socket = await open(to, { mode: 'echo' });
+  print({ event: 'connected', localPort: socket.localPort });
   const latencies: number[] = [];
   const sent: number[] = [];
   const complete = Promise.withResolvers<void>();
