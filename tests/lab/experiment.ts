@@ -8,11 +8,10 @@ import {
   type Agent,
   detoursOf,
   type Happening,
-  needsDelay,
+  needsWire,
   nodesOf,
   type Plan,
   planOf,
-  type Quality,
   type Scenario,
   type Way,
 } from './topology.ts';
@@ -32,6 +31,8 @@ const PORT = 5000;
 const CONTROL_PORT = 45_672;
 /** A transfer that time ends has this many bytes at most: at 10 Gbit/s an hour's worth. */
 const ENDLESS = 4.5e12;
+/** No run may hold up the others for longer. */
+const LONGEST_MS = 600_000;
 
 /** What one scenario yielded. The same format wherever it ran. */
 export type Result = {
@@ -48,7 +49,6 @@ export type Machine = {
   readonly model: string;
   /** Processes that wanted a processor when the scenario began: average of a minute, proc(5). */
   readonly load: number;
-  readonly congestionControl: string;
   readonly versions: Readonly<Record<string, string>>;
 };
 
@@ -74,6 +74,8 @@ export type TransferOutcome = {
   readonly longestStallMs: number;
   readonly stallAtMs: number;
   readonly mptcp: boolean;
+  /** Congestion control. */
+  readonly congestion: string;
   /** `direct` or the detour's name. */
   readonly paths: readonly { readonly name: string; readonly bytes: number }[];
   /** Bytes that arrived in each 50 ms. */
@@ -86,36 +88,79 @@ export type FlowsOutcome = { readonly kind: 'flows'; readonly bytes: number; rea
 
 type Started = { readonly program: Running; readonly result: Promise<Outcome> };
 
-/**
- * Plays the ways one after the other, and that `trials` times, so that whatever else the machine does hits all of them.
- * Throws when this kernel cannot do what the scenario asks for, or when data arrives changed.
- */
-export async function play(
-  scenario: Scenario,
-  options: {
-    readonly trials: number;
-    readonly ways?: readonly string[];
-    readonly heard?: (run: Run) => void;
-  },
-): Promise<Result> {
-  if (needsDelay(scenario) && !inVm)
-    throw new Error(`scenario ${scenario.name} has links with delay: only the VM's kernel is sure to know how (vm.sh)`);
-  const chosen = Object.entries(scenario.ways).filter(([name]) => options.ways?.includes(name) ?? true);
-  const load = loadavg()[0] ?? 0;
-  await using stage = await Stage.build(scenario, new Map(chosen));
-  const runs: Run[] = [];
-  for (let trial = 1; trial <= options.trials; trial += 1)
-    for (const [name, way] of chosen) {
-      const run = { way: name, trial, ...(await stage.run(way)) };
-      options.heard?.(run);
-      runs.push(run);
+/** Plays scenarios. Keeps the network of one for the next when that differs in conditions alone, for building it is what takes long. */
+export class Laboratory implements AsyncDisposable {
+  #stage: Stage | null = null;
+
+  /**
+   * Plays the ways one after the other, and that `trials` times, so that whatever else the machine does hits all of them.
+   * Throws when this machine cannot do what the scenario asks for, or when data arrives changed.
+   */
+  async play(
+    scenario: Scenario,
+    options: {
+      readonly trials: number;
+      readonly ways?: readonly string[];
+      readonly heard?: (run: Run) => void;
+    },
+  ): Promise<Result> {
+    const chosen = Object.entries(scenario.ways).filter(([name]) => options.ways?.includes(name) ?? true);
+    const load = loadavg()[0] ?? 0;
+    const stage = await this.#stageFor(
+      scenario,
+      chosen.map(([, way]) => way),
+    );
+    const runs: Run[] = [];
+    try {
+      for (let trial = 1; trial <= options.trials; trial += 1)
+        for (const [name, way] of chosen) {
+          const run = { way: name, trial, ...(await stage.run(way)) };
+          options.heard?.(run);
+          runs.push(run);
+        }
+      return { scenario, machine: await stage.machine(load), runs };
+    } catch (error) {
+      await this[Symbol.asyncDispose]();
+      throw error;
     }
-  return { scenario, machine: await stage.machine(load), runs };
+  }
+
+  async #stageFor(scenario: Scenario, ways: readonly Way[]): Promise<Stage> {
+    if (this.#stage?.network === networkOf(scenario, ways)) {
+      await this.#stage.become(scenario);
+      return this.#stage;
+    }
+    await this[Symbol.asyncDispose]();
+    this.#stage = await Stage.build(scenario, ways);
+    return this.#stage;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    const stage = this.#stage;
+    this.#stage = null;
+    await stage?.[Symbol.asyncDispose]();
+  }
+}
+
+/** All that cannot be changed about a network once it has been built. */
+function networkOf(scenario: Scenario, ways: readonly Way[]): string {
+  const { client, server, nodes, links } = scenario;
+  const shape = Object.entries(links).map(([name, { between }]) => [name, between, needsWire(scenario, name)]);
+  return JSON.stringify([client, server, nodes, shape, serviceOf(ways)]);
+}
+
+/** What routers must offer for these ways. */
+function serviceOf(ways: readonly Way[]): { readonly tunnels: boolean; readonly relays: readonly string[] } {
+  return {
+    tunnels: ways.some(({ agent }) => agent?.strategy.includes('vpn')),
+    relays: [...new Set(ways.flatMap(({ via }) => via ?? []))],
+  };
 }
 
 /** The hosts and links of a scenario, with servers and routers running. */
 class Stage implements AsyncDisposable {
-  readonly #scenario: Scenario;
+  readonly network: string;
+  #scenario: Scenario;
   readonly #plan: Plan;
   readonly #scope = new AsyncDisposableStack();
   readonly #hosts = new Map<string, Host>();
@@ -123,15 +168,16 @@ class Stage implements AsyncDisposable {
   readonly #routers = new Map<string, Daemon>();
   readonly #key = newKey();
 
-  private constructor(scenario: Scenario) {
+  private constructor(scenario: Scenario, ways: readonly Way[]) {
+    this.network = networkOf(scenario, ways);
     this.#scenario = scenario;
     this.#plan = planOf(scenario);
   }
 
-  static async build(scenario: Scenario, ways: ReadonlyMap<string, Way>): Promise<Stage> {
-    const stage = new Stage(scenario);
+  static async build(scenario: Scenario, ways: readonly Way[]): Promise<Stage> {
+    const stage = new Stage(scenario, ways);
     try {
-      await stage.#build([...ways.values()]);
+      await stage.#build(ways);
       return stage;
     } catch (error) {
       await stage.#scope.disposeAsync();
@@ -143,25 +189,23 @@ class Stage implements AsyncDisposable {
     const lab = this.#scope.use(await Lab.create(`lab.${this.#scenario.name.replaceAll('_', '.')}`));
     for (const name of nodesOf(this.#scenario)) this.#hosts.set(name, await lab.host(name));
     await Promise.all([...this.#hosts].map(([name, host]) => this.#prepare(name, host)));
-    for (const [name, wire] of Object.entries(this.#scenario.links)) {
-      const { between, ...quality } = wire;
-      const [a, b] = [this.#host(between[0]), this.#host(between[1])];
-      const link = await lab.link(a, b, { ...this.#plan.networks[name] });
+    for (const [name, { between, ...quality }] of Object.entries(this.#scenario.links)) {
+      const ends = [this.#host(between[0]), this.#host(between[1])] as const;
+      const wire = !inVm && needsWire(this.#scenario, name);
+      // Without trains of segments, so that a loss is that of a packet, and a queue holds packets.
+      const link = await lab.link(...ends, { ...this.#plan.networks[name], ...quality, wire, segments: 1 });
       this.#links.set(name, link);
-      // Else a loss would be that of a train of packets, and a queue would hold trains.
-      for (const { host, dev } of [link.a, link.b])
-        await host.exec(['ip', 'link', 'set', 'dev', dev, 'gso_max_segs', '1']);
-      await shape(link, quality);
     }
     for (const [name, host] of this.#hosts) {
       const routes = this.#plan.routes.filter(({ node }) => node === name);
       const lines = routes.map(({ to, via }) => `route replace ${to} via ${via}\n`);
       await host.exec(['ip', '-batch', '-'], { input: lines.join('') });
     }
-    await startServer(this.#host(this.#scenario.server), { port: PORT });
+    const { congestion } = this.#scenario;
+    await startServer(this.#host(this.#scenario.server), { port: PORT, congestion });
+    const { tunnels, relays } = serviceOf(ways);
     for (const name of detoursOf(this.#scenario)) {
       const host = this.#host(name);
-      const tunnels = ways.some(({ agent }) => agent?.strategy.includes('vpn'));
       // Routers call their interface alike, and wireguard-go has a socket of that name for the whole machine.
       if (tunnels) await host.isolate('/run/wireguard');
       const env = {
@@ -169,13 +213,22 @@ class Stage implements AsyncDisposable {
           .map(({ v4, v6 }) => `${v4}/32,${v6}/128`)
           .join(','),
         DETOUR_HTTP: 'off',
-        ...(ways.some(({ via }) => via === name) ? { DETOUR_RELAY: 'tcp' } : {}),
+        ...(relays.includes(name) ? { DETOUR_RELAY: 'tcp' } : {}),
         ...(tunnels ? { DETOUR_VPN: 'wireguard' } : {}),
       };
       const router = this.#scope.use(await Daemon.start(host, 'router', { keys: this.#key, env, ready: false }));
       await router.program.waitFor('"event":"started"', 20_000);
       this.#routers.set(name, router);
     }
+  }
+
+  /** Another scenario on the same network. */
+  async become(scenario: Scenario): Promise<void> {
+    for (const [name, { between: _, ...quality }] of Object.entries(scenario.links)) {
+      const { between: __, ...before } = this.#scenario.links[name] ?? {};
+      if (JSON.stringify(before) !== JSON.stringify(quality)) await this.#links.get(name)?.shape(quality);
+    }
+    this.#scenario = scenario;
   }
 
   async #prepare(name: string, host: Host): Promise<void> {
@@ -189,9 +242,7 @@ class Stage implements AsyncDisposable {
       'net.ipv4.tcp_no_metrics_save': '1',
       ...sysctls,
     };
-    // Some kernels allow their own choice only; the result says which it was.
-    await host.try(['sysctl', '-q', '-w', 'net.ipv4.tcp_congestion_control=cubic']);
-    await host.exec(['sysctl', '-q', '-w', ...Object.entries(settings).map(([key, value]) => `${key}=${value}`)]);
+    await host.configure(settings);
     if (subflows !== undefined) await host.exec(['ip', 'mptcp', 'limits', 'set', 'subflow', String(subflows)]);
   }
 
@@ -200,11 +251,11 @@ class Stage implements AsyncDisposable {
     await using agent = way.agent ? await this.#startAgent(way, way.agent) : null;
     const to =
       way.via === undefined ? this.#endpoint(this.#scenario.server, way, PORT) : await this.#leased(way.via, way);
-    const transport = way.transport;
+    const common = { to, transport: way.transport, congestion: this.#scenario.congestion };
     const tunnels = agent ? await tunnelsOf(agent) : new Map<string, string>();
     const begin = async (traffic: Scenario['traffic'][number]): Promise<Started> => {
       if (traffic.kind === 'messages') {
-        const { program, result } = startMessages(client, { to, ...traffic, transport });
+        const { program, result } = startMessages(client, { ...traffic, ...common });
         return {
           program,
           result: result.then(({ latencies }: MessagesResult) => ({
@@ -214,7 +265,7 @@ class Stage implements AsyncDisposable {
         };
       }
       if (traffic.kind === 'flows') {
-        const { program, result } = startFlows(client, { to, ...traffic, transport });
+        const { program, result } = startFlows(client, { ...traffic, ...common });
         return {
           program,
           result: result.then(({ bytes, completions }: FlowsResult) => ({
@@ -225,7 +276,7 @@ class Stage implements AsyncDisposable {
         };
       }
       const { kind: _, atS: __, bytes = ENDLESS, ...limits } = traffic;
-      const { program, result } = startTransfer(client, { to, bytes, ...limits, transport });
+      const { program, result } = startTransfer(client, { bytes, ...limits, ...common });
       return { program, result: result.then((done) => outcomeOf(done, (path) => this.#nameOf(path, tunnels))) };
     };
     const [first, ...others] = this.#scenario.traffic;
@@ -245,7 +296,11 @@ class Stage implements AsyncDisposable {
       }),
     );
     const beside = others.map((traffic) => at(traffic.atS, async () => (await begin(traffic)).result));
-    const [outcomes] = await Promise.all([Promise.all([main.result, ...beside]), Promise.all(happening)]);
+    const expired = delay(LONGEST_MS, undefined, { ref: false }).then(() => {
+      throw new Error(`what was sent had not arrived after ${LONGEST_MS / 60_000} minutes`);
+    });
+    const ended = Promise.all([Promise.all([main.result, ...beside]), Promise.all(happening)]);
+    const [outcomes] = await Promise.race([ended, expired]);
     await this.#restore(agent);
     return { outcomes, events };
   }
@@ -263,7 +318,6 @@ class Stage implements AsyncDisposable {
       cpus: cpus().length,
       model: cpus()[0]?.model ?? 'unknown',
       load,
-      congestionControl: await client.sysctl('net.ipv4.tcp_congestion_control'),
       versions: {
         node: process.versions.node,
         nft: await version('nft', '--version'),
@@ -347,7 +401,7 @@ class Stage implements AsyncDisposable {
     }
     const link = this.#links.get(event.link);
     if (!link) throw new Error(`no link ${event.link}`);
-    if (event.does === 'shape') await shape(link, event.to);
+    if (event.does === 'shape') await link.shape(event.to);
     else await (event.does === 'blackhole' ? link.blackhole() : link.restore());
   }
 
@@ -365,7 +419,7 @@ class Stage implements AsyncDisposable {
       const { between: _, ...quality } = this.#scenario.links[event.link] ?? {};
       const link = this.#links.get(event.link);
       await link?.restore();
-      if (link && event.does === 'shape') await shape(link, quality);
+      if (event.does === 'shape') await link?.shape(quality);
     }
   }
 
@@ -398,20 +452,6 @@ function describeEvent(event: Happening): string {
   return `${event.link} ${words[event.does]}`;
 }
 
-/** Loss alone needs no netem: elsewhere than in the VM the receiving end throws packets away by chance. */
-async function shape(link: Link, quality: Quality): Promise<void> {
-  if (inVm) return link.shape(quality);
-  const { lossPercent = 0, ...others } = quality;
-  await link.shape(others);
-  for (const { host, dev } of [link.a, link.b]) {
-    const table = `netdev lab_loss_${dev.replaceAll(/[^a-z0-9]/gi, '_')}`;
-    const chain = `type filter hook ingress device "${dev}" priority -500; policy accept;`;
-    const rule = `numgen random mod 100000 < ${Math.round(lossPercent * 1000)} drop`;
-    const lossy = lossPercent > 0 ? `table ${table} { chain arriving { ${chain}\n${rule}\n } }\n` : '';
-    await host.nft(`add table ${table}\ndelete table ${table}\n${lossy}`);
-  }
-}
-
 const rounded = (value: number): number => Math.round(value * 10) / 10;
 
 function outcomeOf(done: TransferResult, nameOf: (path: PathCount) => string): TransferOutcome {
@@ -428,6 +468,7 @@ function outcomeOf(done: TransferResult, nameOf: (path: PathCount) => string): T
     longestStallMs: rounded(done.longestStallMs),
     stallAtMs: rounded(done.stallAtMs),
     mptcp: done.mptcp,
+    congestion: done.congestion,
     paths: names.map((name, index) => ({ name, bytes: counted[index] ?? 0 })),
     slots: done.slots,
     series: done.series.map(({ ms, paths }) => [Math.round(ms), ...perPath(paths)]),

@@ -124,9 +124,9 @@ export function resultTable(result: Result): string {
 }
 
 /** Where and by what it was measured. */
-export function conditionsOf({ machine }: Result): string {
-  const { kernel, emulated, cpus, model, load, congestionControl, versions } = machine;
+export function conditionsOf({ machine, scenario }: Result): string {
+  const { kernel, emulated, cpus, model, load, versions } = machine;
   const where = `Linux ${kernel}, ${cpus} × ${model}${emulated ? ' (emulated)' : ''}, load ${load.toFixed(1)} at the start`;
   const programs = Object.entries(versions).map(([name, version]) => `${name} ${version}`);
-  return `${where}; congestion control ${congestionControl}; ${programs.join(', ')}`;
+  return `${where}; congestion control ${scenario.congestion}; ${programs.join(', ')}`;
 }

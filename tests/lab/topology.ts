@@ -10,6 +10,8 @@ export type Scenario = {
   /** The host that opens connections, and the one that they go to. */
   readonly client: string;
   readonly server: string;
+  /** Congestion control of both ends. */
+  readonly congestion: string;
   /** Every host that a link names exists; only those with something to say need to be here. */
   readonly nodes: Readonly<Record<string, Node>>;
   readonly links: Readonly<Record<string, Wire>>;
@@ -78,13 +80,13 @@ export class ScenarioError extends Error {
   }
 }
 
-/** Delay is the one thing that this machine's own kernel may be unable to do. */
-export function needsDelay(scenario: Scenario): boolean {
-  const qualities: readonly Quality[] = [
-    ...Object.values(scenario.links),
-    ...scenario.events.flatMap((event) => (event.does === 'shape' ? [event.to] : [])),
+/** Whether a link ever delays or loses, which kernels without netem cannot do by themselves. */
+export function needsWire(scenario: Scenario, link: string): boolean {
+  const qualities: readonly (Quality | undefined)[] = [
+    scenario.links[link],
+    ...scenario.events.map((event) => (event.does === 'shape' && event.link === link ? event.to : undefined)),
   ];
-  return qualities.some(({ delayMs = 0 }) => delayMs > 0);
+  return qualities.some((quality) => (quality?.delayMs ?? 0) > 0 || (quality?.lossPercent ?? 0) > 0);
 }
 
 export function nodesOf(scenario: Scenario): string[] {
@@ -104,7 +106,7 @@ export type Plan = {
   readonly networks: Readonly<Record<string, Addresses>>;
   /** All addresses of a node, that of its first link first. */
   readonly addresses: Readonly<Record<string, readonly Addresses[]>>;
-  /** On nodes with one link a default route; on others one to each network that they are not in, by the fewest links. */
+  /** On nodes with one link a default route; on others one to each address of each node, by the fewest links to that node. */
   readonly routes: readonly Route[];
 };
 
@@ -150,11 +152,13 @@ export function planOf(scenario: Scenario): Plan {
         hops.set(next.node, at === node ? next.at : hops.get(at));
         queue.push(next.node);
       }
-    const nearest = [...hops.keys()];
-    for (const { network, between } of links) {
-      if (between.includes(node)) continue;
-      add(node, network, hops.get(nearest.find((name) => between.includes(name)) ?? ''));
-    }
+    const own = new Set(links.filter(({ between }) => between.includes(node)).map(({ network }) => network.v4));
+    for (const [target, hop] of hops)
+      for (const link of links) {
+        const end = link.between.includes(target) && !own.has(link.network.v4) ? endAt(link, target) : undefined;
+        // Also those of neighbours: what is behind another link must not be sought beyond that link.
+        if (end && target !== node) add(node, { v4: `${end.v4}/32`, v6: `${end.v6}/128` }, hop);
+      }
   }
   return { networks: Object.fromEntries(links.map(({ name, network }) => [name, network])), addresses, routes };
 }
@@ -166,12 +170,13 @@ export function planOf(scenario: Scenario): Plan {
 export function readScenario(value: unknown): Scenario {
   const problems: string[] = [];
   const root = new Part(value, '', problems);
-  root.allow('name', 'about', 'client', 'server', 'nodes', 'links', 'traffic', 'events', 'ways');
+  root.allow('name', 'about', 'client', 'server', 'congestion', 'nodes', 'links', 'traffic', 'events', 'ways');
   const scenario: Scenario = {
     name: root.text('name', /^[a-z0-9_]{1,30}$/, 'must be 1 to 30 small letters, digits or _'),
     about: root.text('about', /./, 'must say what it is about', ''),
     client: root.text('client', NODE_NAME, NODE_RULE),
     server: root.text('server', NODE_NAME, NODE_RULE),
+    congestion: root.text('congestion', /^[a-z]+$/, 'must be the name of a congestion control', 'cubic'),
     nodes: root.map('nodes', readNode),
     links: root.map('links', readWire),
     traffic: root.list('traffic', readTraffic),

@@ -7,6 +7,7 @@
  *   node traffic.ts flows --to 10.0.0.2:5000 --count 20 --bytes 10000
  *   node traffic.ts messages --to 10.0.0.2:5000 --count 100 [--every-ms 100] [--size 200]
  *   node traffic.ts hold --to 10.0.0.2:5000 --count 1000 [--every-ms 25]
+ * With --congestion NAME its connections, on a server those that it accepts, use that congestion control (needs the package koffi).
  * Every line on standard output is one JSON object with an `event`. Sockets are plain TCP as far as Node knows: started under
  * `mptcpize run` they are Multipath TCP, and `mptcp` in a result says what the kernel made of it.
  * As a module: functions that start it on a host of a lab and hand back typed results.
@@ -21,6 +22,9 @@ import { parseArgs } from 'node:util';
 import type { Host, Running } from './netns.ts';
 
 const SLOT_MS = 50;
+/** netinet/in.h, netinet/tcp.h */
+const IPPROTO_TCP = 6;
+const TCP_CONGESTION = 13;
 /** Looking starts a program, which is a tenth of a second's work for the emulated processor of the VM. */
 const SAMPLE_EVERY_MS = process.env['LAB_VM'] === '1' ? 500 : 100;
 const CHUNK_BYTES = 64 * 1024;
@@ -61,6 +65,8 @@ export type TransferResult = {
   readonly stallAtMs: number;
   /** Whether the kernel negotiated Multipath TCP: read from sock_diag, not from how the program was started. */
   readonly mptcp: boolean;
+  /** Congestion control of the receiver's end, as ss names it. */
+  readonly congestion: string;
   readonly paths: readonly PathCount[];
   /** Bytes that arrived in each 50 ms after the first byte. */
   readonly slots: readonly number[];
@@ -109,9 +115,15 @@ export function trafficCommand(args: readonly string[], transport: 'mptcp' | 'tc
 /** Starts a server on a host and returns when it listens. */
 export async function startServer(
   host: Host,
-  options: { readonly port?: number; readonly address?: string; readonly transport?: 'mptcp' | 'tcp' } = {},
+  options: {
+    readonly port?: number;
+    readonly address?: string;
+    readonly transport?: 'mptcp' | 'tcp';
+    readonly congestion?: string;
+  } = {},
 ): Promise<Running> {
   const args = ['serve', '--port', String(options.port ?? 5000), '--host', options.address ?? '::'];
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const server = host.spawn(trafficCommand(args, options.transport));
   await server.waitFor('"listening"');
   return server;
@@ -126,6 +138,7 @@ export type TransferOptions = {
   readonly seed?: string;
   readonly direction?: Direction;
   readonly transport?: 'mptcp' | 'tcp';
+  readonly congestion?: string;
 };
 
 /** A transfer under way; `result` rejects when the program fails. */
@@ -135,6 +148,7 @@ export type Transfer = { readonly program: Running; readonly result: Promise<Tra
 export function startTransfer(host: Host, options: TransferOptions): Transfer {
   const args = ['transfer', '--to', options.to, '--bytes', String(options.bytes), '--seed', options.seed ?? 'detour'];
   if (options.seconds !== undefined) args.push('--seconds', String(options.seconds));
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const program = host.spawn(trafficCommand([...args, '--direction', options.direction ?? 'up'], options.transport));
   return { program, result: finalLine<TransferResult>(program, 'done') };
 }
@@ -147,9 +161,11 @@ export function startMessages(
     readonly count: number;
     readonly everyMs?: number;
     readonly transport?: 'mptcp' | 'tcp';
+    readonly congestion?: string;
   },
 ): { readonly program: Running; readonly result: Promise<MessagesResult> } {
   const args = ['messages', '--to', options.to, '--count', String(options.count)];
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const program = host.spawn(
     trafficCommand([...args, '--every-ms', String(options.everyMs ?? 100)], options.transport),
   );
@@ -164,9 +180,11 @@ export function startFlows(
     readonly count: number;
     readonly bytes: number;
     readonly transport?: 'mptcp' | 'tcp';
+    readonly congestion?: string;
   },
 ): { readonly program: Running; readonly result: Promise<FlowsResult> } {
   const args = ['flows', '--to', options.to, '--count', String(options.count), '--bytes', String(options.bytes)];
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const program = host.spawn(trafficCommand(args, options.transport));
   return { program, result: finalLine<FlowsResult>(program, 'flows') };
 }
@@ -225,7 +243,11 @@ function print(line: object): void {
   process.stdout.write(`${JSON.stringify(line)}\n`);
 }
 
-type Subflow = PathCount & { readonly token: string | undefined; readonly negotiated: boolean };
+type Subflow = PathCount & {
+  readonly token: string | undefined;
+  readonly negotiated: boolean;
+  readonly congestion: string;
+};
 
 /** Every TCP socket with a peer in this namespace, with its MPTCP token when it has one. */
 async function subflows(): Promise<Subflow[]> {
@@ -249,6 +271,7 @@ async function subflows(): Promise<Subflow[]> {
       token: mptcp?.[2],
       // M: the peer answered MP_CAPABLE; J: MP_JOIN. Neither is set on a connection that fell back to TCP.
       negotiated: /[MJ]/.test(mptcp?.[1] ?? ''),
+      congestion: /\s(\w+) wscale:/.exec(line)?.[1] ?? 'unknown',
     };
   });
 }
@@ -267,6 +290,7 @@ class PathCounter {
   readonly #seen = new Map<string, PathCount>();
   #token: string | undefined;
   mptcp = false;
+  congestion = 'unknown';
 
   constructor(socket: Socket) {
     this.#socket = socket;
@@ -287,6 +311,7 @@ class PathCounter {
       );
       if (own === undefined) return;
       this.mptcp = own.negotiated;
+      this.congestion = own.congestion;
       this.#token = own.token ?? '';
       if (own.token === undefined) this.#keep(own);
     }
@@ -392,6 +417,7 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
     longestStallMs,
     stallAtMs,
     mptcp: counter.mptcp,
+    congestion: counter.congestion,
     paths: counter.paths,
     slots,
     series,
@@ -434,8 +460,24 @@ function readLine(socket: Socket): Promise<{ line: string; rest: Buffer }> {
   });
 }
 
-function serve(port: number, host: string): void {
+type Choose = (socket: Socket) => void;
+
+/** Every program of a network namespace may use what the host allows; root may use all that the kernel has. */
+async function chooserOf(congestion: string | undefined): Promise<Choose> {
+  if (congestion === undefined) return () => undefined;
+  const { default: koffi } = await import('koffi');
+  const setsockopt = koffi.load('libc.so.6').func('int setsockopt(int, int, int, const char *, unsigned int)');
+  return (socket) => {
+    // Node keeps the descriptor to itself.
+    const { fd } = (socket as unknown as { readonly _handle: { readonly fd: number } })._handle;
+    if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion, congestion.length) !== 0)
+      throw new Error(`this kernel does not let us use ${congestion}`);
+  };
+}
+
+function serve(port: number, host: string, choose: Choose): void {
   const server = createServer({ allowHalfOpen: false, noDelay: true }, (socket) => {
+    choose(socket);
     socket.on('error', (error) => print({ event: 'error', message: error.message }));
     answer(socket).catch((error: unknown) => {
       socket.destroy();
@@ -463,19 +505,20 @@ async function answer(socket: Socket): Promise<void> {
   }
 }
 
-async function open(to: string, header: Header): Promise<Socket> {
+async function open(to: string, header: Header, choose: Choose = () => undefined): Promise<Socket> {
   const match = /^\[?([^\]]+)\]?:(\d+)$/.exec(to);
   if (match === null) throw new Error(`--to ${to}: give address:port or [v6]:port`);
   const socket = connect({ host: match[1] ?? '', port: Number(match[2]), noDelay: true });
   await new Promise<void>((resolve, reject) => {
     socket.once('connect', resolve).once('error', reject);
   });
+  choose(socket);
   socket.write(`${JSON.stringify(header)}\n`);
   return socket;
 }
 
-async function transfer(to: string, header: Header & { mode: 'transfer' }): Promise<void> {
-  const socket = await open(to, header);
+async function transfer(to: string, header: Header & { mode: 'transfer' }, choose: Choose): Promise<void> {
+  const socket = await open(to, header, choose);
   print({ event: 'connected', localPort: socket.localPort });
   const failed = new Promise<never>((_, reject) => socket.once('error', reject));
   if (header.direction === 'up') {
@@ -496,11 +539,11 @@ async function transfer(to: string, header: Header & { mode: 'transfer' }): Prom
   socket.destroySoon();
 }
 
-async function flows(to: string, count: number, bytes: number): Promise<void> {
+async function flows(to: string, count: number, bytes: number, choose: Choose): Promise<void> {
   const completions: number[] = [];
   while (completions.length < count) {
     const start = performance.now();
-    const socket = await open(to, { mode: 'transfer', direction: 'down', bytes, seed: 'detour' });
+    const socket = await open(to, { mode: 'transfer', direction: 'down', bytes, seed: 'detour' }, choose);
     if (completions.length === 0) print({ event: 'connected', localPort: socket.localPort });
     await new Promise<void>((resolve, reject) => {
       let arrived = 0;
@@ -518,8 +561,8 @@ async function flows(to: string, count: number, bytes: number): Promise<void> {
   print({ event: 'flows', bytes, completions } satisfies FlowsResult);
 }
 
-async function messages(to: string, count: number, everyMs: number, size: number): Promise<void> {
-  const socket = await open(to, { mode: 'echo' });
+async function messages(to: string, count: number, everyMs: number, size: number, choose: Choose): Promise<void> {
+  const socket = await open(to, { mode: 'echo' }, choose);
   print({ event: 'connected', localPort: socket.localPort });
   const latencies: number[] = [];
   const sent: number[] = [];
@@ -593,21 +636,23 @@ async function main(): Promise<void> {
       count: { type: 'string', default: '100' },
       'every-ms': { type: 'string' },
       size: { type: 'string', default: '200' },
+      congestion: { type: 'string' },
     },
   });
+  const choose = await chooserOf(values.congestion);
   switch (positionals[0]) {
     case 'serve':
-      return serve(Number(values.port), values.host);
+      return serve(Number(values.port), values.host, choose);
     case 'transfer': {
       const direction = values.direction === 'down' ? 'down' : 'up';
       const seconds = values.seconds === undefined ? {} : { seconds: Number(values.seconds) };
       const bytes = Number(values.bytes);
-      return transfer(values.to, { mode: 'transfer', direction, bytes, seed: values.seed, ...seconds });
+      return transfer(values.to, { mode: 'transfer', direction, bytes, seed: values.seed, ...seconds }, choose);
     }
     case 'flows':
-      return flows(values.to, Number(values.count), Number(values.bytes));
+      return flows(values.to, Number(values.count), Number(values.bytes), choose);
     case 'messages':
-      return messages(values.to, Number(values.count), Number(values['every-ms'] ?? 100), Number(values.size));
+      return messages(values.to, Number(values.count), Number(values['every-ms'] ?? 100), Number(values.size), choose);
     case 'hold':
       return hold(values.to, Number(values.count), Number(values['every-ms'] ?? 0));
     default:

@@ -12,7 +12,6 @@ const MACHINE: Result['machine'] = {
   cpus: 2,
   model: 'QEMU TCG CPU',
   load: 0.25,
-  congestionControl: 'cubic',
   versions: { node: '24.0.0', nft: '1.1.3' },
 };
 
@@ -32,6 +31,7 @@ function transfer(mbps: number, detour = 0, longestStallMs = 20): Outcome {
     longestStallMs,
     stallAtMs: 0,
     mptcp: detour > 0,
+    congestion: 'cubic',
     paths,
     slots: Array.from({ length: 60 }, () => perSlot),
     series: [1000, 2000, 2990, 3000].map((ms) => [ms, ...paths.map((path) => (path.bytes * ms) / 3000)]),

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { parse } from 'yaml';
 import { SCENARIOS } from '../../lab/scenarios.ts';
-import { needsDelay, planOf, readScenario, ScenarioError } from '../../lab/topology.ts';
+import { needsWire, planOf, readScenario, type Scenario, ScenarioError } from '../../lab/topology.ts';
 
 /** As a user would write it. */
 const TEXT = `
@@ -88,7 +88,7 @@ describe('the description of a laboratory', () => {
         Object.assign(value, { ways: { fast: { transport: 'quic', agent: { maxPaths: 9 } } } });
       }),
     ).toEqual([
-      'colour: is not known; there are name, about, client, server, nodes, links, traffic, events, ways',
+      'colour: is not known; there are name, about, client, server, congestion, nodes, links, traffic, events, ways',
       'name: must be 1 to 30 small letters, digits or _',
       'traffic[0]: needs either seconds or bytes',
       'traffic[1].kind: must be one of transfer, messages, flows',
@@ -156,10 +156,14 @@ describe('the description of a laboratory', () => {
     expect(problems).toEqual(['links: none leads from client to palm', 'links: none leads from client to beach']);
   });
 
-  it('knows which kernel it takes', () => {
-    expect(needsDelay(readScenario(parse(TEXT)))).toBe(true);
-    expect(needsDelay(readScenario({ ...parse(TEXT), events: [] }))).toBe(false);
-    expect(SCENARIOS.get('small') && needsDelay(SCENARIOS.get('small') as never)).toBe(false);
+  it('knows which links delay or lose, at once or by an event', () => {
+    const wired = (scenario: Scenario): string[] =>
+      Object.keys(scenario.links).filter((link) => needsWire(scenario, link));
+    expect(wired(readScenario(parse(TEXT)))).toEqual(['core']);
+    const { core: _, ...links } = parse(TEXT).links;
+    const whole = { ...links, core: { between: ['gateway', 'server'] } };
+    expect(wired(readScenario({ ...parse(TEXT), links: whole }))).toEqual(['core']);
+    expect(wired(readScenario({ ...parse(TEXT), links: whole, events: [] }))).toEqual([]);
   });
 });
 
@@ -179,10 +183,17 @@ describe('the plan', () => {
   it('leads over the fewest links: the direct way by the core, the other by the detour', () => {
     expect(hop('client', 'default')).toBe('10.64.0.2');
     expect(hop('client', '::/0')).toBe('fd64:0::2');
-    expect(hop('r1', '10.64.2.0/30')).toBe('10.64.1.2');
-    expect(hop('r1', '10.64.5.0/30')).toBe('10.64.3.2');
-    expect(hop('r3', '10.64.2.0/30')).toBe('10.64.4.2');
-    expect(hop('r2', '10.64.0.0/30')).toBe('10.64.1.1');
-    expect(hop('r3', '10.64.0.0/30')).toBe('10.64.3.1');
+    expect(hop('r1', '10.64.2.2/32')).toBe('10.64.1.2');
+    expect(hop('r1', 'fd64:2::2/128')).toBe('fd64:1::2');
+    expect(hop('r1', '10.64.5.2/32')).toBe('10.64.3.2');
+    expect(hop('r3', '10.64.2.2/32')).toBe('10.64.4.2');
+    expect(hop('r2', '10.64.0.1/32')).toBe('10.64.1.1');
+    expect(hop('r3', '10.64.0.1/32')).toBe('10.64.3.1');
+  });
+
+  it('reaches a node by the nearest link, whichever of its addresses is meant', () => {
+    const small = SCENARIOS.get('small');
+    const found = small && planOf(small).routes.find(({ node, to }) => node === 'detour' && to === '10.64.1.2/32');
+    expect(found?.via).toBe('10.64.3.2');
   });
 });
