@@ -308,10 +308,7 @@ class Stage implements AsyncDisposable {
   async machine(load: number): Promise<Machine> {
     const client = this.#host(this.#scenario.client);
     const version = async (...command: string[]): Promise<string> =>
-      (await client.exec(command))
-        .trim()
-        .split('\n')[0]
-        ?.replace(/^\D*(?=\d)/, '') ?? '';
+      /\d+(\.\d+)+/.exec(await client.exec(command))?.[0] ?? 'unknown';
     return {
       kernel: release(),
       emulated: /QEMU TCG/.test(cpus()[0]?.model ?? ''),

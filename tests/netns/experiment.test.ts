@@ -4,7 +4,7 @@ import { requireRoot } from '../lab/netns.ts';
 import { SCENARIOS } from '../lab/scenarios.ts';
 import { readScenario, type Scenario } from '../lab/topology.ts';
 
-const BYTES = 2_000_000;
+const BYTES = 1_000_000;
 
 /** Nothing but bytes decides when these end, so that they measure nothing and depend on no clock. */
 function small(more: object): Scenario {
