@@ -51,7 +51,7 @@ images: packages build ## detour-router:dev and detour-client:dev
 demo: packages build ## a transfer over two paths that loses the direct one; writes out/demo
 	@$(WITH_ENGINE) tests/lab/all.sh demo
 
-bench: packages packages-bench build ## measures what is promised, in ten minutes (FULL=1: all of it, an hour and a half); writes out/bench
+bench: packages packages-bench build ## measures what is promised, in ten minutes (FULL=1: all of it, an hour); writes out/bench
 	@$(AS_ROOT) node tests/bench/run.ts $(if $(FULL),--full)
 
 lab: packages build ## lists experiments; SCENARIO=NAME plays one and writes out/lab/NAME (TRIALS=3, WAYS=tcp,nat)
