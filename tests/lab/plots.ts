@@ -40,7 +40,7 @@ export function drawBoxes(
   );
   const [left, top, height, slot, gap] = [64, 84, 440, 20, 26];
   const group = ways.length * slot + gap;
-  const width = Math.max(720, left + results.length * group + 24);
+  const width = Math.max(left + (ways.length + 1) * 130, left + results.length * group + 24);
   const bottom = height - 56;
   const rates = results.flatMap((result) => ways.flatMap((way) => transfersOf(result, way).map(({ mbps }) => mbps)));
   const known = Object.values(reference).flatMap((one) => Object.values(one));
@@ -105,7 +105,7 @@ export function drawTimes(results: readonly Result[], title: string): string {
   const ways = [...new Set(results.flatMap(waysOf))].filter((way) =>
     results.some((result) => transfersOf(result, way).length > 0),
   );
-  const [left, top, fieldWidth, fieldHeight, gap] = [110, 92, 190, 96, 20];
+  const [left, top, fieldWidth, fieldHeight, gap] = [136, 92, 190, 96, 20];
   const [width, height] = [
     Math.max(520, left + ways.length * (fieldWidth + gap)),
     top + results.length * (fieldHeight + gap) + 40,
@@ -181,7 +181,7 @@ function ratesOf(transfer: TransferOutcome, paths: readonly string[]): Rate[] {
   return transfer.series.flatMap((sample, index) => {
     const before = transfer.series[index - 1] ?? sample.map(() => 0);
     const [from = 0, to = 0] = [before[0], sample[0]];
-    // Two looks right after each other, as at the end, say nothing about a rate.
+    // The last look comes soon after the one before, and a little after the time that it stands for.
     if (to - from < MINIMUM_SPAN_MS) return [];
     const mbps = columns.map((column) =>
       column === 0 ? 0 : (Math.max(0, (sample[column] ?? 0) - (before[column] ?? 0)) * 8) / 1000 / (to - from),
@@ -190,4 +190,4 @@ function ratesOf(transfer: TransferOutcome, paths: readonly string[]): Rate[] {
   });
 }
 
-const MINIMUM_SPAN_MS = 40;
+const MINIMUM_SPAN_MS = 80;

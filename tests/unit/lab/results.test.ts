@@ -1,3 +1,5 @@
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { report } from '../../bench/report.ts';
 import { ratioOf, THESIS, thesisFigures, thesisTable } from '../../bench/thesis.ts';
@@ -137,6 +139,42 @@ describe('what experiments yielded', () => {
     expect(text).toContain('| easy | 1.200 | ≥ 1.95 | BROKEN |  |');
     expect(text).toContain('FAILED: relay: no luck');
     expect(text).toContain(thesisTable([EASY]));
+  });
+});
+
+/** One run of `make lab SCENARIO=small`: two ways of 5 Mbit/s, one of which swallows everything from 4 s on. */
+const RECORDED: Result = JSON.parse(readFileSync(join(import.meta.dirname, '../../vectors/lab-small.json'), 'utf8'));
+
+describe('a recorded run', () => {
+  it('is of the scenario as it is described today', () => {
+    expect(RECORDED.scenario).toEqual(SCENARIOS.get('small'));
+  });
+
+  it('has one row in the table', () => {
+    expect(resultTable(RECORDED).split('\n')[2]).toBe('| MPTCP + NAT | 1 | 6.50 | 508 | detour 66 %, direct 34 % |');
+  });
+
+  it('shows in the drawing that the direct path ended where it was lost, and that the other went on', () => {
+    const svg = drawTimes([RECORDED], 'small');
+    const points = (of: string | undefined): [x: number, y: number][] =>
+      (of ?? '').split(' ').map((point) => {
+        const [x = 0, y = 0] = point.split(',').map(Number);
+        return [x, y];
+      });
+    const [direct, detour] = [...svg.matchAll(/<polygon points="([^"]+)"/g)].map(([, of]) => points(of));
+    const lost = Number(/<line x1="([\d.]+)"[^>]*stroke="#d00000"/.exec(svg)?.[1]);
+    expect(lost).toBeGreaterThan(0);
+    const above = (layer: [number, number][] | undefined): [number, number][] =>
+      layer?.slice(0, layer.length / 2) ?? [];
+    const base = Math.max(...(direct ?? []).map(([, y]) => y));
+    // A field is 190 wide for 8 s: from half a second after the loss on.
+    const late = ([x]: [number, number]): boolean => x > lost + 12;
+    expect(above(direct).filter(late).length).toBeGreaterThan(10);
+    for (const [, y] of above(direct).filter(late)) expect(y).toBeCloseTo(base, 0);
+    const heights = above(detour)
+      .filter(late)
+      .map(([, y]) => base - y);
+    expect(Math.max(...heights)).toBeGreaterThan(20);
   });
 });
 
