@@ -248,6 +248,7 @@ class Stage implements AsyncDisposable {
 
   async run(way: Way): Promise<Omit<Run, 'way' | 'trial'>> {
     const client = this.#host(this.#scenario.client);
+    await this.#settled();
     await using agent = way.agent ? await this.#startAgent(way, way.agent) : null;
     const to =
       way.via === undefined ? this.#endpoint(this.#scenario.server, way, PORT) : await this.#leased(way.via, way);
@@ -303,6 +304,21 @@ class Stage implements AsyncDisposable {
     const [outcomes] = await Promise.race([ended, expired]);
     await this.#restore(agent);
     return { outcomes, events };
+  }
+
+  /** Waits until nothing of the run before is open or under way, which an agent would adopt and this run's packets queue behind. */
+  async #settled(): Promise<void> {
+    const connected = ['ss', '-tnH', 'state', 'connected', 'exclude', 'time-wait'];
+    await waitUntil(
+      async () => {
+        for (const name of [this.#scenario.client, this.#scenario.server])
+          if ((await this.#host(name).exec(connected)).trim() !== '') return false;
+        for (const host of this.#hosts.values())
+          if (/backlog [1-9]/.test(await host.exec(['tc', '-s', 'qdisc', 'show']))) return false;
+        return true;
+      },
+      { deadlineMs: 60_000, what: 'the network to be quiet', everyMs: 100 },
+    );
   }
 
   async machine(load: number): Promise<Machine> {

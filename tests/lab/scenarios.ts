@@ -29,8 +29,11 @@ function wire(a: string, b: string, quality: Quality): object {
   return { between: [a, b], ...queue, ...quality };
 }
 
-/** `core` is what differs about the thesis's link 2, between r1 and r2. */
-function thesis(limited: 'core' | 'access', core: Quality = {}): object {
+/**
+ * `core` is what differs about the thesis's link 2, between r1 and r2. With a `modem` the client's link ends in a box of its own, and the
+ * queue of the access is there and not in the client.
+ */
+function thesis(limited: 'core' | 'access', core: Quality = {}, modem = false): object {
   const [edge, middle] = [
     { rateMbit: limited === 'core' ? 20 : 10, delayMs: 5 },
     { rateMbit: 10, delayMs: 5 },
@@ -40,7 +43,8 @@ function thesis(limited: 'core' | 'access', core: Quality = {}): object {
     server: 'server',
     nodes: { detour: { router: true } },
     links: {
-      access: wire('client', 'r1', edge),
+      ...(modem ? { home: wire('client', 'modem', {}) } : {}),
+      access: wire(modem ? 'modem' : 'client', 'r1', edge),
       core: wire('r1', 'r2', { ...middle, ...core }),
       server: wire('r2', 'server', edge),
       out: wire('r1', 'r3', middle),
@@ -70,6 +74,18 @@ for (const limited of ['core', 'access'] as const)
     const limits = limited === 'core' ? 'a detour can double the rate' : 'access limits both ways together';
     found.push(readScenario({ name, about: `${limits}; ${about}`, ...thesis(limited, quality) }));
   }
+
+for (const core of ['', 'lossy']) {
+  const [about, quality] = CORES[core] ?? ['', {}];
+  found.push(
+    readScenario({
+      name: `sym${core && `_${core}`}_modem`,
+      about: `access limits both ways together, and its queue is not in the client; ${about}`,
+      ...thesis('access', quality, true),
+      ways: { tcp: WAYS.tcp, nat: WAYS.nat, vpn: WAYS.vpn },
+    }),
+  );
+}
 
 /** A detour beside the direct way, both behind an access that limits neither; for what the thesis never measured. */
 function beside(detours: number, more: object): Scenario {

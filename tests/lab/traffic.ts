@@ -529,12 +529,13 @@ async function transfer(to: string, header: Header & { mode: 'transfer' }, choos
     });
     const { line } = await Promise.race([failed, header.seconds === undefined ? sending.then(() => reply) : reply]);
     process.stdout.write(`${line}\n`);
-    if (header.seconds !== undefined) socket.destroy();
+    // What the kernel still holds would go on for seconds.
+    if (header.seconds !== undefined) socket.resetAndDestroy();
   } else {
     const result = await Promise.race([failed, receive(socket, Buffer.alloc(0), header)]);
     print(result);
     if (header.seconds === undefined) socket.end('done\n');
-    else socket.destroy();
+    else socket.resetAndDestroy();
   }
   socket.destroySoon();
 }
