@@ -51,8 +51,11 @@ images: packages build ## detour-router:dev and detour-client:dev
 demo: packages build ## a transfer over two paths that loses the direct one; writes out/demo
 	@$(WITH_ENGINE) tests/lab/all.sh demo
 
-bench: packages build ## measures what the design promises; writes out/bench
-	@$(AS_ROOT) node tests/bench/run.ts
+bench: packages packages-bench build ## measures what is promised, in ten minutes (FULL=1: all of it, an hour); writes out/bench
+	@$(AS_ROOT) node tests/bench/run.ts $(if $(FULL),--full)
+
+lab: packages build ## lists experiments; SCENARIO=NAME plays one and writes out/lab/NAME (TRIALS=3, WAYS=tcp,nat)
+	@$(AS_ROOT) node tests/lab/lab.ts $(SCENARIO) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WAYS),--ways $(WAYS))
 
 clean: ## removes what was built (dist, out); `make clean-all` also what was fetched
 	rm -rf dist out
@@ -62,7 +65,7 @@ clean-all: clean ## ... node_modules, Node, the engine's store, the base image, 
 	rm -rf node_modules .cache
 	$(AS_ROOT) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/detour"
 
-.PHONY: help build check test test-netns test-vm test-containers test-k8s kubernetes images demo bench clean clean-all packages packages-vm tools
+.PHONY: help build check test test-netns test-vm test-containers test-k8s kubernetes images demo bench lab clean clean-all packages packages-vm packages-bench tools
 
 # Checks for commands, so it costs nothing when all are there.
 packages:
@@ -70,6 +73,9 @@ packages:
 
 packages-vm:
 	@$(HOST) packages vm
+
+packages-bench:
+	@$(HOST) packages bench
 
 # The programs of test clusters: built once, kept in the cache.
 kubernetes: packages

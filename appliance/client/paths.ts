@@ -788,16 +788,17 @@ function verdictOfAdd(turn: Turn, trial: Trial, total: number, best: number, own
 }
 
 /**
- * Whether first paths should prove soon that they add something. A sender sees harm as it happens, and to a receiver a path that
- * is as wide as the direct one does none; and while paths are about as long as each other, one that merely shares a bottleneck
- * costs nothing, while the question costs what a good one carries.
+ * Whether first paths should prove soon that they add something. A sender sees harm as it happens, and one that merely shares a bottleneck
+ * costs it a few percent at most, while the question costs what a good one carries for a second or more: a tenth of a transfer of ten
+ * seconds. To a receiver a path that is as wide as the direct one does no harm, nor does one that is about as long; a queue is not length.
  */
 function isHurried({ book }: Turn, detours: readonly string[]): boolean {
   const { flows, tilt } = book.observation;
+  if (tilt >= 0) return false;
   const all = [DIRECT, ...detours].map((path) => flows.get(path)).filter((flow) => flow !== undefined);
-  const delays = all.map(({ rttMs }) => rttMs).filter((rtt) => rtt > 0);
+  const delays = all.map(({ leastRttMs }) => leastRttMs).filter((rtt) => rtt > 0);
   const [least, most] = [Math.min(...delays), Math.max(...delays)];
-  const narrow = tilt < 0 && all.some(({ peak }) => peak < WIDE * (flows.get(DIRECT)?.peak ?? 0));
+  const narrow = all.some(({ peak }) => peak < WIDE * (flows.get(DIRECT)?.peak ?? 0));
   return narrow || (most > EVEN * least && most - least > EVEN_MS);
 }
 

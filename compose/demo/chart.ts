@@ -28,7 +28,7 @@ const BOTTOM = 64;
 const WINDOW_S = 0.4;
 const STEP_S = 0.1;
 /** Okabe and Ito's palette: told apart by colour-blind readers too. */
-const COLOURS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'];
+export const COLOURS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'];
 const MARK_COLOUR = '#d00000';
 
 /** The chart as the text of an SVG file. */
@@ -119,7 +119,7 @@ function bytesAt(samples: readonly ChartSample[], at: number, series: number): n
 }
 
 /** The smallest of 1, 2, 5 times a power of ten that is not below `least`. */
-function niceStep(least: number): number {
+export function niceStep(least: number): number {
   const power = 10 ** Math.floor(Math.log10(least));
   return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= least - 1e-9) ?? power * 10;
 }
@@ -136,12 +136,12 @@ function point(x: number, y: number): string {
   return `${x.toFixed(1)},${y.toFixed(1)}`;
 }
 
-function line(x1: number, y1: number, x2: number, y2: number, stroke: string, more = ''): string {
+export function line(x1: number, y1: number, x2: number, y2: number, stroke: string, more = ''): string {
   const ends = `x1="${x1.toFixed(1)}" y1="${y1.toFixed(1)}" x2="${x2.toFixed(1)}" y2="${y2.toFixed(1)}"`;
   return `<line ${ends} stroke="${stroke}" ${more}/>`;
 }
 
-function text(x: number, y: number, content: string, anchor: 'start' | 'middle' | 'end', more = ''): string {
+export function text(x: number, y: number, content: string, anchor: 'start' | 'middle' | 'end', more = ''): string {
   const escaped = content.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');
   return `<text x="${x.toFixed(1)}" y="${y.toFixed(1)}" text-anchor="${anchor}" ${more}>${escaped}</text>`;
 }

@@ -1,25 +1,40 @@
 /**
- * `make bench`: measures what the design promises, prints a table, writes out/bench/result.json. Needs root and dist/detour.js.
- * Names of measurements as arguments select some of them; those that take many minutes run only by name. Exits 1 when a
- * promise is not kept.
+ * `make bench`: measures what the design promises, prints a table, writes out/bench: result.json, README.md and drawings. Needs root and
+ * dist/detour.js. Without arguments what takes ten minutes together, with --full everything, else the measurements that are named;
+ * `report` measures nothing and makes the tables and drawings of experiments again, from what out/lab has. Exits 1 when a promise is not kept.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { cpus, loadavg, release } from 'node:os';
 import { join } from 'node:path';
 import { requireRoot } from '../lab/netns.ts';
+import { drawBoxes, drawTimes } from '../lab/plots.ts';
+import { MAIN } from '../lab/scenarios.ts';
 import { measureCrashes } from './crashes.ts';
 import { measureCrowd } from './crowd.ts';
+import { experiments, measureExperiments, measureShortExperiments } from './experiments.ts';
 import { type Figure, isMet, note } from './figures.ts';
 import { measureGain } from './gain.ts';
 import { measureLeases } from './leases.ts';
 import { measureOutages } from './outages.ts';
 import { measureReaction } from './reaction.ts';
 import { measureRelay } from './relay.ts';
+import { format, promise, report, verdict } from './report.ts';
 import { measureRescue } from './rescue.ts';
+import { THESIS } from './thesis.ts';
 import { measureTunnels } from './tunnels.ts';
 import { measureWorkloads } from './workloads.ts';
 
-const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
+type Measurements = Readonly<Record<string, () => Promise<Figure[]>>>;
+
+/** Together less than ten minutes. */
+const SHORT: Measurements = {
+  scenarios: measureShortExperiments,
+  tunnels: measureTunnels,
+  gain: measureGain,
+  rescue: measureRescue,
+};
+const FULL: Measurements = {
+  experiments: measureExperiments,
   relay: measureRelay,
   gain: measureGain,
   reaction: measureReaction,
@@ -28,21 +43,10 @@ const MEASUREMENTS: Readonly<Record<string, () => Promise<Figure[]>>> = {
   rescue: measureRescue,
   tunnels: measureTunnels,
   workloads: measureWorkloads,
-};
-/** Run by name only. */
-const LONG: Readonly<Record<string, () => Promise<Figure[]>>> = {
   crashes: measureCrashes,
   outages: measureOutages,
 };
-
-function format(value: number): string {
-  return Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(value) >= 10 ? value.toFixed(1) : value.toFixed(3);
-}
-
-function promise(target: Figure['target']): string {
-  if (target === null) return '';
-  return 'atLeast' in target ? `>= ${target.atLeast}` : `<= ${target.atMost}`;
-}
+const REPORT = 'report';
 
 function table(figures: readonly Figure[]): string {
   const rows = [
@@ -51,7 +55,7 @@ function table(figures: readonly Figure[]): string {
       figure.name,
       `${format(figure.value)} ${figure.unit}`.trim(),
       promise(figure.target),
-      figure.target === null ? '' : isMet(figure) ? 'kept' : 'BROKEN',
+      verdict(figure),
       figure.detail ?? '',
     ]),
   ];
@@ -68,18 +72,20 @@ function table(figures: readonly Figure[]): string {
 
 if (!requireRoot('the measurements')) process.exit(69);
 const wanted = process.argv.slice(2);
-const unknown = wanted.filter((name) => !(name in MEASUREMENTS || name in LONG));
+const all: Measurements = { ...SHORT, ...FULL };
+const unknown = wanted.filter((name) => !(name in all || name === '--full' || name === REPORT));
 if (unknown.length > 0) {
-  note(`unknown measurement ${unknown.join(', ')}; there are ${Object.keys({ ...MEASUREMENTS, ...LONG }).join(', ')}`);
+  note(`unknown measurement ${unknown.join(', ')}; there are ${[...Object.keys(all), REPORT].join(', ')}, and --full`);
   process.exit(64);
 }
+const chosen = wanted.length === 0 ? Object.keys(SHORT) : wanted.includes('--full') ? Object.keys(FULL) : wanted;
 const loadBefore = loadavg()[0] ?? 0;
 if (loadBefore > 0.5)
   note(`the machine is busy (load ${loadBefore.toFixed(1)}): the figures will be worse than it can do`);
 const figures: Figure[] = [];
 const failures: string[] = [];
-for (const [name, measure] of Object.entries({ ...MEASUREMENTS, ...LONG })) {
-  if (wanted.length > 0 ? !wanted.includes(name) : name in LONG) continue;
+for (const [name, measure] of Object.entries(all)) {
+  if (!chosen.includes(name)) continue;
   note(`${name} ...`);
   try {
     figures.push(...(await measure()));
@@ -93,4 +99,17 @@ const out = join(import.meta.dirname, '../../out/bench');
 mkdirSync(out, { recursive: true });
 const machine = { kernel: release(), cpus: cpus().length, model: cpus()[0]?.model ?? 'unknown', loadBefore };
 writeFileSync(join(out, 'result.json'), `${JSON.stringify({ machine, figures, failures }, null, 2)}\n`);
+const played = ['scenarios', 'experiments', REPORT].some((name) => chosen.includes(name)) ? experiments() : [];
+if (played.length > 0) {
+  writeFileSync(join(out, 'experiments.json'), `${JSON.stringify(played)}\n`);
+  const [main, others] = [true, false].map((wish) =>
+    played.filter(({ scenario }) => MAIN.includes(scenario.name) === wish),
+  );
+  const kinds = { boxes: "The thesis's scenarios", times: "The thesis's scenarios, each path over time" };
+  writeFileSync(join(out, 'boxes.svg'), drawBoxes(main ?? [], kinds.boxes, THESIS));
+  writeFileSync(join(out, 'times.svg'), drawTimes(main ?? [], kinds.times));
+  writeFileSync(join(out, 'others.svg'), drawTimes(others ?? [], 'Other scenarios, each path over time'));
+}
+const command = ['node tests/bench/run.ts', ...wanted].join(' ');
+writeFileSync(join(out, 'README.md'), report({ command, figures, failures, experiments: played }));
 process.exitCode = failures.length > 0 || figures.some((figure) => !isMet(figure)) ? 1 : 0;

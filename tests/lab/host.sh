@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Brings what this machine lacks, and says so, one line each. A second run finds everything in place and does nothing.
 #
-#   host.sh packages GROUP...   Debian or Ubuntu packages: build, lab (network namespaces), docker, base-image, vm, cluster
+#   host.sh packages GROUP...   Debian or Ubuntu packages: build, lab (network namespaces), bench, docker, base-image, vm, cluster
 #   host.sh node DIR            Node 24 and npm in DIR/bin: links to the system's when that is new enough, else from the npm registry
 #   host.sh debian-mirror       prints the mirror Debian packages come from, if this machine names one
 #   host.sh unpack RELEASE DIR PACKAGE...   what Debian's packages of that release contain, in DIR; nothing is installed
@@ -73,6 +73,10 @@ packages() {
         need_file /usr/bin/python3 python3 'sends the raw packets of hostile clients in tests'
         need ping iputils-ping 'tells that a test network is up'
         need sysctl procps 'kernel settings of the test namespaces'
+        ;;
+      bench)
+        need socat socat 'a user-space relay to compare with'
+        need openvpn openvpn 'a tunnel to compare with'
         ;;
       docker)
         need docker docker.io 'containers: the images, the demo, tests'

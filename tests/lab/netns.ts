@@ -8,6 +8,7 @@
 import { type ChildProcess, execFile, execFileSync, spawn } from 'node:child_process';
 import { readdirSync, readFileSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
 
 const NAMESPACE_FOLDER = '/run/netns';
 const PREFIX = 'dtlab';
@@ -19,6 +20,7 @@ const SHAPER_BURST = '32kb';
 const DEFAULT_QUEUE_MS = 50;
 /** Packets under way on a link with a delay: more than any test sends, for what is dropped is for the queue and the loss to say. */
 const IN_FLIGHT_LIMIT = 100_000;
+const WIRE = fileURLToPath(new URL('wire.py', import.meta.url));
 const OUTPUT_LIMIT_BYTES = 256 * 1024 * 1024;
 export type ExecOptions = {
   readonly env?: Readonly<Record<string, string>>;
@@ -37,9 +39,9 @@ export type Conditions = {
   readonly rateMbit?: number;
   /** Longest time a packet waits in the queue of the rate limit, in ms (default 50). What would wait longer is dropped. */
   readonly queueMs?: number;
-  /** How long a packet is under way, besides its time in the queue, in ms. Needs netem. */
+  /** How long a packet is under way, besides its time in the queue, in ms. Needs netem, or a wire. */
   readonly delayMs?: number;
-  /** Packets lost by chance, 0 to 100 percent. Needs netem. */
+  /** Packets lost by chance, 0 to 100 percent. Needs netem, or a wire. */
   readonly lossPercent?: number;
 };
 
@@ -50,6 +52,13 @@ export type LinkOptions = Conditions & {
   /** An IPv6 network such as `fd00:1::/64`, used likewise. */
   readonly v6?: string;
   readonly mtu?: number;
+  /** Segments of TCP that may travel as one packet; 1 has losses hit, and queues hold, what a real link would carry. */
+  readonly segments?: number;
+  /**
+   * A program carries what the link carries (wire.py), because the kernel may have no netem. It knows IP alone, is good for some hundred
+   * Mbit/s, and takes 10 to 20 µs of a processor for each packet.
+   */
+  readonly wire?: boolean;
   /** Interface names; by default `to-` and the other host's name. */
   readonly devA?: string;
   readonly devB?: string;
@@ -322,10 +331,14 @@ export class Host {
     await this.exec(['ip', family, 'route', 'replace', ...what.split(/\s+/)]);
   }
 
+  /** Sets several sysctls of this host by one program, for starting one is what takes long in the VM. */
+  async configure(sysctls: Readonly<Record<string, string | number>>): Promise<void> {
+    await this.exec(['sysctl', '-q', '-w', ...Object.entries(sysctls).map(([key, value]) => `${key}=${value}`)]);
+  }
+
   /** Makes the host forward packets of both families. */
   async forward(): Promise<void> {
-    await this.sysctl('net.ipv4.ip_forward', 1);
-    await this.sysctl('net.ipv6.conf.all.forwarding', 1);
+    await this.configure({ 'net.ipv4.ip_forward': 1, 'net.ipv6.conf.all.forwarding': 1 });
   }
 
   /** Kills every program that runs here, whoever started it, and waits for those that this process started. */
@@ -348,10 +361,12 @@ export class Link {
   readonly a: LinkEnd;
   readonly b: LinkEnd;
   readonly #conditions = new Map<LinkEnd, Conditions>();
+  readonly #wire: Running | null;
 
-  constructor(a: LinkEnd, b: LinkEnd) {
+  constructor(a: LinkEnd, b: LinkEnd, wire: Running | null = null) {
     this.a = a;
     this.b = b;
+    this.#wire = wire;
   }
 
   /** The end that belongs to the host. */
@@ -415,12 +430,20 @@ export class Link {
    */
   async shape(conditions: Conditions, from?: Host): Promise<void> {
     const senders = from === undefined ? [this.a, this.b] : [this.at(from)];
+    const { delayMs = 0, lossPercent = 0, ...others } = conditions;
+    const wanted = this.#wire ? others : conditions;
     await Promise.all(
       senders.map(async (end) => {
-        await shape(end, this.#conditions.get(end) ?? {}, conditions);
-        this.#conditions.set(end, conditions);
+        await shape(end, this.#conditions.get(end) ?? {}, wanted);
+        this.#conditions.set(end, wanted);
       }),
     );
+    const wire = this.#wire;
+    if (!wire) return;
+    const changed = (): number => wire.lines.filter((line) => line === 'changed').length;
+    const before = changed();
+    for (const end of senders) wire.write(`${end === this.a ? 'a' : 'b'} ${delayMs} ${lossPercent}\n`);
+    await waitUntil(() => changed() >= before + senders.length, { deadlineMs: 10_000, what: 'the wire to change' });
   }
 
   #receivers(from: Host | undefined): LinkEnd[] {
@@ -468,8 +491,7 @@ export class Lab implements AsyncDisposable {
     await local(['ip', 'netns', 'add', host.namespace]);
     await host.exec(['ip', 'link', 'set', 'lo', 'up']);
     // Without this an address is unusable for a second while the kernel looks for duplicates.
-    await host.sysctl('net.ipv6.conf.all.accept_dad', 0);
-    await host.sysctl('net.ipv6.conf.default.accept_dad', 0);
+    await host.configure({ 'net.ipv6.conf.all.accept_dad': 0, 'net.ipv6.conf.default.accept_dad': 0 });
     return host;
   }
 
@@ -479,27 +501,27 @@ export class Lab implements AsyncDisposable {
     const v4 = options.v4 === undefined ? undefined : pair4(options.v4);
     const v6 = options.v6 === undefined ? undefined : pair6(options.v6);
     const mtu = options.mtu === undefined ? [] : ['mtu', String(options.mtu)];
-    await local(
-      ['ip', '-n', a.namespace, 'link', 'add', 'name', devA, ...mtu, 'type', 'veth'].concat([
-        'peer',
-        'name',
-        devB,
-        ...mtu,
-        'netns',
-        b.namespace,
-      ]),
-    );
+    if (options.wire) {
+      await a.exec(['ip', 'tuntap', 'add', 'dev', devA, 'mode', 'tun']);
+      await b.exec(['ip', 'tuntap', 'add', 'dev', devB, 'mode', 'tun']);
+    } else {
+      const near = ['ip', '-n', a.namespace, 'link', 'add', 'name', devA, ...mtu, 'type', 'veth'];
+      await local([...near, 'peer', 'name', devB, ...mtu, 'netns', b.namespace]);
+    }
     const ends = [
       end(a, devA, v4?.addresses[0], v6?.addresses[0]),
       end(b, devB, v4?.addresses[1], v6?.addresses[1]),
     ] as const;
     for (const side of ends) {
-      const commands = [`link set ${side.dev} up`];
+      const commands = [`link set ${side.dev} up ${options.wire ? mtu.join(' ') : ''}`];
+      if (options.segments !== undefined) commands.push(`link set ${side.dev} gso_max_segs ${options.segments}`);
       if (side.v4 !== undefined) commands.push(`addr add ${side.v4}/${v4?.length} dev ${side.dev}`);
       if (side.v6 !== undefined) commands.push(`addr add ${side.v6}/${v6?.length} dev ${side.dev} nodad`);
       await side.host.exec(['ip', '-batch', '-'], { input: `${commands.join('\n')}\n` });
     }
-    const link = new Link(ends[0], ends[1]);
+    const wire = options.wire ? a.spawn(['python3', WIRE, a.path, devA, b.path, devB]) : null;
+    await wire?.waitFor('ready');
+    const link = new Link(ends[0], ends[1], wire);
     await link.shape(options);
     return link;
   }
@@ -565,17 +587,18 @@ function disciplines({ rateMbit, queueMs = DEFAULT_QUEUE_MS, delayMs = 0, lossPe
 async function shape({ host, dev }: LinkEnd, before: Conditions, after: Conditions): Promise<void> {
   const [old, wanted] = [disciplines(before), disciplines(after)];
   const places = (all: string[][]): string => all.map((words) => words.slice(0, 4)).join();
+  const lines: string[] = [];
   // Another tree: the old one goes first, because a discipline cannot be changed into one of another kind.
-  if (old.length > 0 && places(old) !== places(wanted)) await host.exec(['tc', 'qdisc', 'del', 'dev', dev, 'root']);
-  for (const words of wanted) {
-    const command = ['tc', 'qdisc', 'replace', 'dev', dev, ...words];
-    const result = await host.try(command);
-    if (result.code === 0) continue;
-    const unknown = words.includes('netem') && result.stderr.includes('qdisc kind is unknown');
-    const remedy =
-      'this kernel has no netem (module sch_netem), which delay and loss need: run the test in the VM (tests/vm)';
-    throw new LabError(host.name, command, unknown ? { ...result, stderr: remedy } : result);
-  }
+  if (old.length > 0 && places(old) !== places(wanted)) lines.push(`qdisc del dev ${dev} root`);
+  for (const words of wanted) lines.push(`qdisc replace dev ${dev} ${words.join(' ')}`);
+  if (lines.length === 0) return;
+  const command = ['tc', '-batch', '-'];
+  const result = await host.try(command, { input: `${lines.join('\n')}\n` });
+  if (result.code === 0) return;
+  const unknown = result.stderr.includes('qdisc kind is unknown') && lines.some((line) => line.includes('netem'));
+  const remedy =
+    'this kernel has no netem (module sch_netem), which delay and loss need: run the test in the VM (tests/vm)';
+  throw new LabError(host.name, [...command, ...lines], unknown ? { ...result, stderr: remedy } : result);
 }
 
 function pair4(network: string): { addresses: [string, string]; length: number } {

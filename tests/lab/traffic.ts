@@ -3,9 +3,11 @@
  *
  * As a program (needs nothing but Node, so it can be copied into an image):
  *   node traffic.ts serve --port 5000 [--host ::]
- *   node traffic.ts transfer --to 10.0.0.2:5000 --bytes 1000000 [--seed x] [--direction up|down]
+ *   node traffic.ts transfer --to 10.0.0.2:5000 --bytes 1000000 [--seconds 10] [--seed x] [--direction up|down]
+ *   node traffic.ts flows --to 10.0.0.2:5000 --count 20 --bytes 10000
  *   node traffic.ts messages --to 10.0.0.2:5000 --count 100 [--every-ms 100] [--size 200]
  *   node traffic.ts hold --to 10.0.0.2:5000 --count 1000 [--every-ms 25]
+ * With --congestion NAME its connections, on a server those that it accepts, use that congestion control (needs the package koffi).
  * Every line on standard output is one JSON object with an `event`. Sockets are plain TCP as far as Node knows: started under
  * `mptcpize run` they are Multipath TCP, and `mptcp` in a result says what the kernel made of it.
  * As a module: functions that start it on a host of a lab and hand back typed results.
@@ -20,7 +22,11 @@ import { parseArgs } from 'node:util';
 import type { Host, Running } from './netns.ts';
 
 const SLOT_MS = 50;
-const SAMPLE_EVERY_MS = 100;
+/** netinet/in.h, netinet/tcp.h */
+const IPPROTO_TCP = 6;
+const TCP_CONGESTION = 13;
+/** Looking starts a program, which is a tenth of a second's work for the emulated processor of the VM. */
+const SAMPLE_EVERY_MS = process.env['LAB_VM'] === '1' ? 500 : 100;
 const CHUNK_BYTES = 64 * 1024;
 /** A header is one short JSON line; whoever sends more without a newline speaks something else. */
 const LONGEST_HEADER_BYTES = 1024;
@@ -59,6 +65,8 @@ export type TransferResult = {
   readonly stallAtMs: number;
   /** Whether the kernel negotiated Multipath TCP: read from sock_diag, not from how the program was started. */
   readonly mptcp: boolean;
+  /** Congestion control of the receiver's end, as ss names it. */
+  readonly congestion: string;
   readonly paths: readonly PathCount[];
   /** Bytes that arrived in each 50 ms after the first byte. */
   readonly slots: readonly number[];
@@ -73,8 +81,22 @@ export type MessagesResult = {
   readonly longestMs: number;
 };
 
+export type FlowsResult = {
+  readonly event: 'flows';
+  readonly bytes: number;
+  /** From before the connection was opened until the last byte arrived, in ms, in the order of the flows. */
+  readonly completions: readonly number[];
+};
+
 type Header =
-  | { readonly mode: 'transfer'; readonly direction: Direction; readonly bytes: number; readonly seed: string }
+  | {
+      readonly mode: 'transfer';
+      readonly direction: Direction;
+      readonly bytes: number;
+      readonly seed: string;
+      /** The receiver ends it after this time, however much has arrived. */
+      readonly seconds?: number;
+    }
   | { readonly mode: 'echo' };
 
 /** The SHA-256 that a transfer of these bytes must have, computed from the seed alone. */
@@ -93,9 +115,15 @@ export function trafficCommand(args: readonly string[], transport: 'mptcp' | 'tc
 /** Starts a server on a host and returns when it listens. */
 export async function startServer(
   host: Host,
-  options: { readonly port?: number; readonly address?: string; readonly transport?: 'mptcp' | 'tcp' } = {},
+  options: {
+    readonly port?: number;
+    readonly address?: string;
+    readonly transport?: 'mptcp' | 'tcp';
+    readonly congestion?: string;
+  } = {},
 ): Promise<Running> {
   const args = ['serve', '--port', String(options.port ?? 5000), '--host', options.address ?? '::'];
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const server = host.spawn(trafficCommand(args, options.transport));
   await server.waitFor('"listening"');
   return server;
@@ -105,9 +133,12 @@ export type TransferOptions = {
   /** `10.0.0.2:5000` or `[fd00::2]:5000` */
   readonly to: string;
   readonly bytes: number;
+  /** Ends it this long after the first byte arrived, should it not be complete. */
+  readonly seconds?: number;
   readonly seed?: string;
   readonly direction?: Direction;
   readonly transport?: 'mptcp' | 'tcp';
+  readonly congestion?: string;
 };
 
 /** A transfer under way; `result` rejects when the program fails. */
@@ -116,6 +147,8 @@ export type Transfer = { readonly program: Running; readonly result: Promise<Tra
 /** Starts a transfer from (or, with direction 'down', to) a host. The numbers are the receiver's. */
 export function startTransfer(host: Host, options: TransferOptions): Transfer {
   const args = ['transfer', '--to', options.to, '--bytes', String(options.bytes), '--seed', options.seed ?? 'detour'];
+  if (options.seconds !== undefined) args.push('--seconds', String(options.seconds));
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const program = host.spawn(trafficCommand([...args, '--direction', options.direction ?? 'up'], options.transport));
   return { program, result: finalLine<TransferResult>(program, 'done') };
 }
@@ -128,13 +161,32 @@ export function startMessages(
     readonly count: number;
     readonly everyMs?: number;
     readonly transport?: 'mptcp' | 'tcp';
+    readonly congestion?: string;
   },
 ): { readonly program: Running; readonly result: Promise<MessagesResult> } {
   const args = ['messages', '--to', options.to, '--count', String(options.count)];
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
   const program = host.spawn(
     trafficCommand([...args, '--every-ms', String(options.everyMs ?? 100)], options.transport),
   );
   return { program, result: finalLine<MessagesResult>(program, 'messages') };
+}
+
+/** Downloads the same number of bytes over one new connection after the other, and measures how long each takes. */
+export function startFlows(
+  host: Host,
+  options: {
+    readonly to: string;
+    readonly count: number;
+    readonly bytes: number;
+    readonly transport?: 'mptcp' | 'tcp';
+    readonly congestion?: string;
+  },
+): { readonly program: Running; readonly result: Promise<FlowsResult> } {
+  const args = ['flows', '--to', options.to, '--count', String(options.count), '--bytes', String(options.bytes)];
+  if (options.congestion !== undefined) args.push('--congestion', options.congestion);
+  const program = host.spawn(trafficCommand(args, options.transport));
+  return { program, result: finalLine<FlowsResult>(program, 'flows') };
 }
 
 /**
@@ -191,7 +243,11 @@ function print(line: object): void {
   process.stdout.write(`${JSON.stringify(line)}\n`);
 }
 
-type Subflow = PathCount & { readonly token: string | undefined; readonly negotiated: boolean };
+type Subflow = PathCount & {
+  readonly token: string | undefined;
+  readonly negotiated: boolean;
+  readonly congestion: string;
+};
 
 /** Every TCP socket with a peer in this namespace, with its MPTCP token when it has one. */
 async function subflows(): Promise<Subflow[]> {
@@ -215,6 +271,7 @@ async function subflows(): Promise<Subflow[]> {
       token: mptcp?.[2],
       // M: the peer answered MP_CAPABLE; J: MP_JOIN. Neither is set on a connection that fell back to TCP.
       negotiated: /[MJ]/.test(mptcp?.[1] ?? ''),
+      congestion: /\s(\w+) wscale:/.exec(line)?.[1] ?? 'unknown',
     };
   });
 }
@@ -233,6 +290,7 @@ class PathCounter {
   readonly #seen = new Map<string, PathCount>();
   #token: string | undefined;
   mptcp = false;
+  congestion = 'unknown';
 
   constructor(socket: Socket) {
     this.#socket = socket;
@@ -253,6 +311,7 @@ class PathCounter {
       );
       if (own === undefined) return;
       this.mptcp = own.negotiated;
+      this.congestion = own.congestion;
       this.#token = own.token ?? '';
       if (own.token === undefined) this.#keep(own);
     }
@@ -280,11 +339,29 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
   const series: Progress[] = [];
   const complete = Promise.withResolvers<void>();
   let [bytes, start, previous, longestStallMs, stallAtMs] = [0, 0, 0, 0, 0];
+  const limitMs = header.seconds === undefined ? Number.POSITIVE_INFINITY : header.seconds * 1000;
+  let end: NodeJS.Timeout | undefined;
+  let over = false;
+  const finish = (): void => {
+    over = true;
+    complete.resolve();
+  };
+  const expire = (): void => {
+    // A silence that lasts until the end is one, too.
+    if (start + limitMs - previous > longestStallMs) {
+      [longestStallMs, stallAtMs] = [start + limitMs - previous, previous - start];
+    }
+    while (slots.length < limitMs / SLOT_MS) slots.push(0);
+    previous = start + limitMs;
+    finish();
+  };
   const take = (chunk: Buffer): void => {
-    if (chunk.length === 0) return;
+    // What comes after the end is on its way to be thrown away.
     const now = performance.now();
+    if (chunk.length === 0 || over || (bytes > 0 && now - start >= limitMs)) return;
     if (bytes === 0) {
       start = now;
+      if (header.seconds !== undefined) end = setTimeout(expire, limitMs);
     } else if (now - previous > longestStallMs) {
       longestStallMs = now - previous;
       stallAtMs = previous - start;
@@ -295,13 +372,13 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
     const slot = Math.floor((now - start) / SLOT_MS);
     while (slots.length <= slot) slots.push(0);
     slots[slot] = (slots[slot] ?? 0) + chunk.length;
-    if (bytes >= header.bytes) complete.resolve();
+    if (bytes >= header.bytes) finish();
   };
   const report = async (): Promise<void> => {
     await counter.sample();
     if (bytes === 0) return;
     // The last one counts until the last byte, not until it was looked at.
-    const ms = (bytes >= header.bytes ? previous : performance.now()) - start;
+    const ms = (over ? previous : performance.now()) - start;
     const progress: Progress = { event: 'progress', ms, bytes, paths: counter.paths };
     series.push(progress);
     print(progress);
@@ -317,7 +394,7 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
   try {
     take(first);
     socket.on('data', take);
-    socket.once('error', complete.reject);
+    socket.on('error', complete.reject);
     socket.once('close', () => complete.reject(new Error(`closed after ${bytes} of ${header.bytes} bytes`)));
     socket.resume();
     await complete.promise;
@@ -327,7 +404,7 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
     await report();
   } finally {
     sampler.abort();
-    socket.off('data', take);
+    clearTimeout(end);
   }
   const ms = previous - start;
   return {
@@ -340,6 +417,7 @@ async function receive(socket: Socket, first: Buffer, header: Header & { mode: '
     longestStallMs,
     stallAtMs,
     mptcp: counter.mptcp,
+    congestion: counter.congestion,
     paths: counter.paths,
     slots,
     series,
@@ -382,8 +460,24 @@ function readLine(socket: Socket): Promise<{ line: string; rest: Buffer }> {
   });
 }
 
-function serve(port: number, host: string): void {
+type Choose = (socket: Socket) => void;
+
+/** Every program of a network namespace may use what the host allows; root may use all that the kernel has. */
+async function chooserOf(congestion: string | undefined): Promise<Choose> {
+  if (congestion === undefined) return () => undefined;
+  const { default: koffi } = await import('koffi');
+  const setsockopt = koffi.load('libc.so.6').func('int setsockopt(int, int, int, const char *, unsigned int)');
+  return (socket) => {
+    // Node keeps the descriptor to itself.
+    const { fd } = (socket as unknown as { readonly _handle: { readonly fd: number } })._handle;
+    if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion, congestion.length) !== 0)
+      throw new Error(`this kernel does not let us use ${congestion}`);
+  };
+}
+
+function serve(port: number, host: string, choose: Choose): void {
   const server = createServer({ allowHalfOpen: false, noDelay: true }, (socket) => {
+    choose(socket);
     socket.on('error', (error) => print({ event: 'error', message: error.message }));
     answer(socket).catch((error: unknown) => {
       socket.destroy();
@@ -411,34 +505,66 @@ async function answer(socket: Socket): Promise<void> {
   }
 }
 
-async function open(to: string, header: Header): Promise<Socket> {
+async function open(to: string, header: Header, choose: Choose = () => undefined): Promise<Socket> {
   const match = /^\[?([^\]]+)\]?:(\d+)$/.exec(to);
   if (match === null) throw new Error(`--to ${to}: give address:port or [v6]:port`);
   const socket = connect({ host: match[1] ?? '', port: Number(match[2]), noDelay: true });
   await new Promise<void>((resolve, reject) => {
     socket.once('connect', resolve).once('error', reject);
   });
+  choose(socket);
   socket.write(`${JSON.stringify(header)}\n`);
   return socket;
 }
 
-async function transfer(to: string, header: Header & { mode: 'transfer' }): Promise<void> {
-  const socket = await open(to, header);
+async function transfer(to: string, header: Header & { mode: 'transfer' }, choose: Choose): Promise<void> {
+  const socket = await open(to, header, choose);
   print({ event: 'connected', localPort: socket.localPort });
   const failed = new Promise<never>((_, reject) => socket.once('error', reject));
   if (header.direction === 'up') {
-    const [reply] = await Promise.race([failed, Promise.all([readLine(socket), send(socket, header)])]);
-    process.stdout.write(`${reply.line}\n`);
+    const reply = readLine(socket);
+    // With a limit of time the answer comes before all is sent.
+    const sending = send(socket, header).catch((error: unknown) => {
+      if (header.seconds === undefined) throw error;
+    });
+    const { line } = await Promise.race([failed, header.seconds === undefined ? sending.then(() => reply) : reply]);
+    process.stdout.write(`${line}\n`);
+    // What the kernel still holds would go on for seconds.
+    if (header.seconds !== undefined) socket.resetAndDestroy();
   } else {
     const result = await Promise.race([failed, receive(socket, Buffer.alloc(0), header)]);
     print(result);
-    socket.end('done\n');
+    if (header.seconds === undefined) socket.end('done\n');
+    else socket.resetAndDestroy();
   }
   socket.destroySoon();
 }
 
-async function messages(to: string, count: number, everyMs: number, size: number): Promise<void> {
-  const socket = await open(to, { mode: 'echo' });
+async function flows(to: string, count: number, bytes: number, choose: Choose): Promise<void> {
+  const completions: number[] = [];
+  while (completions.length < count) {
+    const start = performance.now();
+    const socket = await open(to, { mode: 'transfer', direction: 'down', bytes, seed: 'detour' }, choose);
+    if (completions.length === 0) print({ event: 'connected', localPort: socket.localPort });
+    await new Promise<void>((resolve, reject) => {
+      let arrived = 0;
+      socket.on('data', (chunk: Buffer) => {
+        arrived += chunk.length;
+        if (arrived >= bytes) resolve();
+      });
+      socket.once('error', reject).once('close', () => reject(new Error(`closed after ${arrived} of ${bytes} bytes`)));
+    });
+    completions.push(performance.now() - start);
+    const closed = new Promise((resolve) => socket.once('close', resolve));
+    socket.end('done\n');
+    await closed;
+  }
+  print({ event: 'flows', bytes, completions } satisfies FlowsResult);
+}
+
+async function messages(to: string, count: number, everyMs: number, size: number, choose: Choose): Promise<void> {
+  const socket = await open(to, { mode: 'echo' }, choose);
+  print({ event: 'connected', localPort: socket.localPort });
   const latencies: number[] = [];
   const sent: number[] = [];
   const complete = Promise.withResolvers<void>();
@@ -505,26 +631,33 @@ async function main(): Promise<void> {
       host: { type: 'string', default: '::' },
       to: { type: 'string', default: '' },
       bytes: { type: 'string', default: '1000000' },
+      seconds: { type: 'string' },
       seed: { type: 'string', default: 'detour' },
       direction: { type: 'string', default: 'up' },
       count: { type: 'string', default: '100' },
       'every-ms': { type: 'string' },
       size: { type: 'string', default: '200' },
+      congestion: { type: 'string' },
     },
   });
+  const choose = await chooserOf(values.congestion);
   switch (positionals[0]) {
     case 'serve':
-      return serve(Number(values.port), values.host);
+      return serve(Number(values.port), values.host, choose);
     case 'transfer': {
       const direction = values.direction === 'down' ? 'down' : 'up';
-      return transfer(values.to, { mode: 'transfer', direction, bytes: Number(values.bytes), seed: values.seed });
+      const seconds = values.seconds === undefined ? {} : { seconds: Number(values.seconds) };
+      const bytes = Number(values.bytes);
+      return transfer(values.to, { mode: 'transfer', direction, bytes, seed: values.seed, ...seconds }, choose);
     }
+    case 'flows':
+      return flows(values.to, Number(values.count), Number(values.bytes), choose);
     case 'messages':
-      return messages(values.to, Number(values.count), Number(values['every-ms'] ?? 100), Number(values.size));
+      return messages(values.to, Number(values.count), Number(values['every-ms'] ?? 100), Number(values.size), choose);
     case 'hold':
       return hold(values.to, Number(values.count), Number(values['every-ms'] ?? 0));
     default:
-      throw new Error(`unknown command '${positionals[0] ?? ''}': use serve, transfer, messages or hold`);
+      throw new Error(`unknown command '${positionals[0] ?? ''}': use serve, transfer, flows, messages or hold`);
   }
 }
 

@@ -1,6 +1,13 @@
 import { describe, expect, it } from 'vitest';
 import { type Host, Lab, type Link, requireRoot, waitUntil } from '../lab/netns.ts';
-import { expectedSha256, holdConnections, startMessages, startServer, startTransfer } from '../lab/traffic.ts';
+import {
+  expectedSha256,
+  holdConnections,
+  startFlows,
+  startMessages,
+  startServer,
+  startTransfer,
+} from '../lab/traffic.ts';
 
 const BYTES = 4_000_000;
 
@@ -65,6 +72,23 @@ describe.runIf(requireRoot('tests of the traffic programs'))('the traffic progra
     expect(outcome.longestStallMs).toBeGreaterThan(500);
     expect(outcome.sha256).toBe(expectedSha256('detour', 6_000_000));
   }, 30_000);
+
+  it('ends a transfer by time, and still knows that what arrived was sent', async () => {
+    await using lab = await Lab.create('traffic.timed');
+    const { client, server } = await pair(lab, 20);
+    await startServer(server);
+    for (const direction of ['up', 'down'] as const) {
+      const result = await startTransfer(client, { to: '10.78.1.2:5000', bytes: 1e12, seconds: 1, direction }).result;
+      expect(result.ms).toBeCloseTo(1000);
+      expect(result.slots).toHaveLength(20);
+      expect(result.bytes).toBeGreaterThan(0);
+      expect(result.slots.reduce((sum, slot) => sum + slot, 0)).toBe(result.bytes);
+      expect(result.sha256).toBe(expectedSha256('detour', result.bytes));
+    }
+    // Nothing is left of them that would disturb the next.
+    const { completions } = await startFlows(client, { to: '10.78.1.2:5000', count: 3, bytes: 10_000 }).result;
+    expect(completions).toHaveLength(3);
+  });
 
   it('fails with a reason when nobody listens', async () => {
     await using lab = await Lab.create('traffic.nobody');

@@ -8,10 +8,10 @@
  */
 import { randomBytes } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
-import { request } from 'node:http';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { ask } from '../lab/daemons.ts';
 import { type ExecResult, type Host, inVm, Lab, type Link, type Running, waitUntil } from '../lab/netns.ts';
 
 /** In the VM the bundle, which an emulated processor starts in half the time. */
@@ -286,21 +286,4 @@ export async function hostState(host: Host): Promise<Record<string, string>> {
     // Counters that move by themselves.
     sysctls: sysctls.stdout.replaceAll(/^net\.netfilter\.nf_conntrack_count.*$/gm, ''),
   };
-}
-
-/** GET over a unix socket, which is in no network namespace. */
-function ask(socketPath: string, path: string): Promise<string> {
-  const { promise, resolve, reject } = Promise.withResolvers<string>();
-  const query = request({ socketPath, path, timeout: 5_000 }, (response) => {
-    let text = '';
-    response.setEncoding('utf8');
-    response.on('data', (chunk: string) => {
-      text += chunk;
-    });
-    response.on('end', () => resolve(text));
-  });
-  query.on('error', reject);
-  query.on('timeout', () => query.destroy(new Error('no answer in 5 s')));
-  query.end();
-  return promise;
 }

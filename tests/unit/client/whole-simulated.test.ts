@@ -2,7 +2,7 @@ import { describe, expect, test } from 'vitest';
 import type { Rules } from '../../../appliance/client/state.ts';
 import { oracle, play } from '../../sim/play.ts';
 import { alone } from '../../sim/policies.ts';
-import { flapping, hour } from '../../sim/scenarios.ts';
+import { flapping, hour, THESIS } from '../../sim/scenarios.ts';
 import { Whole } from '../../sim/whole.ts';
 
 /** The manager and the chooser together; none of these seeds was used for tuning. */
@@ -51,4 +51,14 @@ describe('manager and chooser over simulated networks', () => {
     expect(whole.paths().believed).toEqual(whole.paths().real);
     expect(between(whole.seconds)).toBeGreaterThan(between(direct.seconds));
   });
+
+  test.each(Object.entries(THESIS))(
+    'a sender of ten seconds goes on steadily, without being asked what its detour adds: %s',
+    (_, plan) => {
+      const whole = new Whole(plan, RULES, 7);
+      whole.run(10 * SECOND);
+      const rates = whole.seconds.map((bytes, index) => bytes - (whole.seconds[index - 1] ?? 0)).slice(3);
+      expect(Math.min(...rates)).toBeGreaterThan(0.8 * Math.max(...rates));
+    },
+  );
 });
