@@ -29,9 +29,7 @@ async function measured(
 ): Promise<Figure[]> {
   const failed: string[] = [];
   for (const { names, ...wish } of parts) {
-    // Those that need no delay, too: one table, one kernel.
-    if (!(await playAll(names, { ...wish, inVm: true })))
-      failed.push(...names.filter((name) => !existsSync(resultFile(name))));
+    if (!(await playAll(names, wish))) failed.push(...names.filter((name) => !existsSync(resultFile(name))));
   }
   if (failed.length > 0) throw new Error(`could not be played: ${failed.join(', ')}; see above`);
   return thesisFigures(experiments());
