@@ -499,12 +499,8 @@ function crossCheckClient(
     line: `DETOUR_ANNOUNCE="${ports.join(',')}": ${rule}`,
   });
   const problems: Problem[] = [];
-  if (get(TABLE.role).join() !== 'server')
-    problems.push(
-      problem(
-        "needs DETOUR_ROLE=server: the client's side selects the userspace path manager, with which the kernel announces nothing",
-      ),
-    );
+  if (!get(TABLE.role).includes('server'))
+    problems.push(problem('needs DETOUR_ROLE=server, or client,server: it is servers that have detours announced'));
   if (get(TABLE.providers).join() !== 'host')
     problems.push(problem("needs DETOUR_PROVIDERS=host: only this host's own network is announced"));
   for (const row of [TABLE.key, TABLE.detours])

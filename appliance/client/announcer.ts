@@ -17,7 +17,7 @@ import type { Announcing } from '../settings.ts';
 import { createDetours, type DetourAddress, type DetourEvent } from './detours.ts';
 
 /**
- * Has detours lead joins of anybody to this server, and this server's kernel announce them to the clients of its connections (ADD_ADDR).
+ * Has detours lead joins of anybody to this server, and has them announced to the clients of its connections (ADD_ADDR).
  * A detour is announced for as long as it has said yes, and taken back (RM_ADDR) when that ends or we do.
  */
 
@@ -242,6 +242,7 @@ export async function startAnnouncer({ key, ports }: Announcing, with_: Announce
         ),
       );
       detours.stop();
+      endpoints.close();
     },
   };
 }

@@ -2,7 +2,7 @@ import type { Clock } from '../kernel/clock.ts';
 import type { InbandPorts } from '../kernel/inband.ts';
 import type { Log } from '../log.ts';
 import { formatEndpoint } from '../protocol/address.ts';
-import type { ClientSettings } from '../settings.ts';
+import type { Announcing, ClientSettings } from '../settings.ts';
 import type { DaemonView, Json, Readiness } from '../status/daemon.ts';
 import { type Agent, type AgentPorts, LIVELY_MS, startAgent } from './agent.ts';
 import { type Announcer, type AnnouncerPorts, startAnnouncer } from './announcer.ts';
@@ -50,7 +50,7 @@ export type DaemonPorts = SourcePorts & {
     readonly open: () => InbandPorts;
   };
   /** Of this process's own namespace; asked for with `DETOUR_ANNOUNCE` alone. */
-  readonly openAnnouncing: () => AnnouncerPorts;
+  readonly openAnnouncing: (announcing: Announcing) => Promise<AnnouncerPorts>;
   readonly version: string;
 };
 
@@ -374,7 +374,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
   }
   if (settings.announcing) {
     try {
-      announcer = await startAnnouncer(settings.announcing, ports.openAnnouncing());
+      announcer = await startAnnouncer(settings.announcing, await ports.openAnnouncing(settings.announcing));
     } catch (error) {
       await home?.unload().catch(() => undefined);
       throw error;

@@ -30,6 +30,7 @@ import type { ClientHostSettings, ClientSettings, ProviderName } from '../settin
 import type { DaemonView } from '../status/daemon.ts';
 import { flag, TABLE } from '../variables.ts';
 import { VERSION } from '../version.ts';
+import { announceEach } from './announcements.ts';
 import { type AnnouncerPorts, takeBack } from './announcer.ts';
 import { type DaemonPorts, type Place, startDaemon } from './daemon.ts';
 import { watchDocker } from './docker.ts';
@@ -88,7 +89,7 @@ export async function startClient(settings: ClientSettings, log: Log): Promise<R
     providers,
     mptcpify: { groups: systemGroups(), openSwitches, isPinned },
     inband: { isLoaded: isInbandLoaded, open: openInband },
-    openAnnouncing: () => announcing(log, ownNamespace),
+    openAnnouncing: ({ ports }) => openAnnouncing(settings, log, ports),
     version: VERSION,
   });
   const trimming = setInterval(returnFreedMemory, TRIM_MS).unref();
@@ -396,6 +397,20 @@ function loaderPorts(settings: ClientHostSettings, log: Log, namespace: Namespac
 function announcing(log: Log, namespace: Namespace): AnnouncerPorts {
   const memory = nftMemory(systemNft({ namespace }), ANNOUNCED_TABLE);
   return { clock: systemClock, datagrams: udpDatagrams(namespace), log, endpoints: signalEndpoints(namespace), memory };
+}
+
+/** With the userspace path manager, which the client's side needs, the kernel announces nothing by itself. @throws Fatal (69) */
+async function openAnnouncing(settings: ClientSettings, log: Log, ports: readonly number[]): Promise<AnnouncerPorts> {
+  const byKernel = announcing(log, ownNamespace);
+  if (!settings.sides.includes('client')) return byKernel;
+  // What a predecessor without that side left when it was killed.
+  await takeBack(byKernel);
+  const endpoints = await announceEach(ports, {
+    openPathManager: (onEvent) => openPathManager(ownNamespace, onEvent),
+    openDiag: () => openDiag(ownNamespace),
+    log,
+  });
+  return { ...byKernel, endpoints };
 }
 
 function limitPorts(log: Log, namespace: Namespace): LimitPorts {

@@ -66,15 +66,20 @@ export type PathManager = {
   subflowDestroy(token: number, subflow: Subflow): Promise<void>;
   /** Makes a subflow backup or not, telling the peer (MP_PRIO). @throws NetlinkError */
   setBackup(token: number, subflow: Subflow, backup: boolean): Promise<void>;
+  /** Tells the peer of an address (ADD_ADDR), which need not be this host's, with the connection's port. @throws NetlinkError */
+  announce(token: number, localId: number, address: Address): Promise<void>;
+  /** Takes it back (RM_ADDR): the peer closes its subflows to it. @throws NetlinkError */
+  withdraw(token: number, localId: number): Promise<void>;
   close(): void;
 };
 
-/** What the kernel's own path manager tells peers of: addresses that need not be this host's. */
+/** What peers are told of: addresses that need not be this host's. */
 export type SignalEndpoints = {
   /** Announces an address on all connections, also those to come, with the connection's port. Harmless when it is. @throws NetlinkError */
   add(address: Address): Promise<void>;
   /** Takes it back; subflows to it close. Harmless when it is not announced. @throws NetlinkError */
   remove(address: Address): Promise<void>;
+  close(): void;
 };
 
 /** How many extra subflows a connection may have that the kernel's own path manager is in charge of; joins of peers count. */
@@ -94,10 +99,12 @@ const COMMAND = {
   SET_LIMITS: 5,
   GET_LIMITS: 6,
   SET_FLAGS: 7,
+  ANNOUNCE: 8,
+  REMOVE: 9,
   SUBFLOW_CREATE: 10,
   SUBFLOW_DESTROY: 11,
 } as const;
-const ATTRIBUTE = { ADDR: 1, SUBFLOWS: 3, TOKEN: 4, ADDR_REMOTE: 6 } as const;
+const ATTRIBUTE = { ADDR: 1, SUBFLOWS: 3, TOKEN: 4, LOC_ID: 5, ADDR_REMOTE: 6 } as const;
 const IN_ADDRESS = { FAMILY: 1, ID: 2, ADDR4: 3, ADDR6: 4, PORT: 5, FLAGS: 6, IF_IDX: 7 } as const;
 const FLAG_SIGNAL = 1;
 const FLAG_BACKUP = 4;
@@ -190,6 +197,24 @@ export async function openPathManager(namespace: Namespace, onEvent: (event: Pat
           attribute(ATTRIBUTE.ADDR, [...endpoint(local), attribute(IN_ADDRESS.FLAGS, u32(backup ? FLAG_BACKUP : 0))]),
           attribute(ATTRIBUTE.ADDR_REMOTE, endpoint(remote)),
         ),
+      announce: (token, localId, announced) =>
+        command(
+          'announcing an address',
+          COMMAND.ANNOUNCE,
+          attribute(ATTRIBUTE.TOKEN, u32(token)),
+          attribute(ATTRIBUTE.ADDR, [
+            ...address(announced),
+            attribute(IN_ADDRESS.ID, u8(localId)),
+            attribute(IN_ADDRESS.FLAGS, u32(FLAG_SIGNAL)),
+          ]),
+        ),
+      withdraw: (token, localId) =>
+        command(
+          'taking an address back',
+          COMMAND.REMOVE,
+          attribute(ATTRIBUTE.TOKEN, u32(token)),
+          attribute(ATTRIBUTE.LOC_ID, u8(localId)),
+        ),
       close() {
         subscription.close();
         commands.close();
@@ -227,7 +252,7 @@ export function subflowLimit(namespace: Namespace): SubflowLimit {
   };
 }
 
-/** Those of a network namespace. Only endpoints with no other flag are touched: an operator's own may have more. */
+/** Those of the kernel's own path manager in a network namespace. Only endpoints with no other flag are touched: an operator's own may have more. */
 export function signalEndpoints(namespace: Namespace): SignalEndpoints {
   async function within<T>(task: (socket: NetlinkSocket, family: number) => Promise<T>): Promise<T> {
     const socket = openNetlink(PROTOCOL.GENERIC, { namespace });
@@ -272,6 +297,7 @@ export function signalEndpoints(namespace: Namespace): SignalEndpoints {
           );
         }
       }),
+    close: () => undefined,
   };
 }
 

@@ -30,6 +30,8 @@ type Connection = Subflow & {
   readonly kernelManaged: boolean;
   established: boolean;
   readonly ids: Map<string, number>;
+  /** What the peer was told of, by its id. */
+  readonly announced: Map<number, string>;
   flows: Flow[];
 };
 
@@ -76,6 +78,17 @@ export class FakeKernel {
         const connection = this.#find(token, 'changing a subflow');
         if (!connection.flows.some((one) => same(one, subflow))) throw new NetlinkError('changing a subflow', 'ESRCH');
       },
+      announce: async (token, localId, address) => {
+        const what = 'announcing an address';
+        const { announced } = this.#find(token, what);
+        const known = [...announced].some(([id, text]) => (id === localId) !== (text === formatAddress(address)));
+        if (localId === 0 || known) throw new NetlinkError(what, 'EINVAL');
+        announced.set(localId, formatAddress(address));
+      },
+      withdraw: async (token, localId) => {
+        const what = 'taking an address back';
+        if (!this.#find(token, what).announced.delete(localId)) throw new NetlinkError(what, 'EINVAL');
+      },
       close: () => {
         this.#listener = () => undefined;
       },
@@ -119,6 +132,7 @@ export class FakeKernel {
       kernelManaged: opening.kernelManaged ?? false,
       established: false,
       ids: new Map(),
+      announced: new Map(),
       flows: [{ local, remote, localId: 0, joined: false, state: 'established', timeouts: 0, acked: 0 }],
     };
     this.#connections.set(token, connection);
@@ -160,6 +174,11 @@ export class FakeKernel {
       if (!sameEndpoint(flow.remote, remote) || (local && !sameAddress(flow.local.address, local))) continue;
       flow.timeouts = timeouts;
     }
+  }
+
+  /** What the peer of a connection has been told of. */
+  announced(token: number): string[] {
+    return [...(this.#connections.get(token)?.announced.values() ?? [])];
   }
 
   deafen(): void {

@@ -53,6 +53,18 @@ const sampleOf = async (bench: Bench, token: number): Promise<ConnectionSample |
   (await bench.diag.connections()).find((one) => one.token === token);
 
 export const CASES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = {
+  'an address is announced under an id of its own other than 0, again with it, and taken back once': async (bench) => {
+    const { token, remote } = await established(bench);
+    const { manager } = bench;
+    await rejects(manager.announce(token, 0, remote.address), 'EINVAL');
+    await rejects(manager.withdraw(token, 7), 'EINVAL');
+    await manager.announce(token, 7, bench.second);
+    await manager.announce(token, 7, bench.second);
+    await rejects(manager.announce(token, 6, bench.second), 'EINVAL');
+    await manager.withdraw(token, 7);
+    await rejects(manager.withdraw(token, 7), 'EINVAL');
+    await rejects(manager.announce(token + 1, 7, bench.second), 'EINVAL');
+  },
   'a connection is created, then established with its first data, and closed without a word about its subflows': async (
     bench,
   ) => {

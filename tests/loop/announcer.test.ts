@@ -1,10 +1,12 @@
 import { afterEach, describe, expect, it } from 'vitest';
+import { announceEach } from '../../appliance/client/announcements.ts';
 import { type Announcer, startAnnouncer, takeBack } from '../../appliance/client/announcer.ts';
 import type { Memory } from '../../appliance/kernel/memory.ts';
 import { type Address, type Endpoint, formatAddress, parseAddress } from '../../appliance/protocol/address.ts';
 import { Router } from '../../appliance/router/server.ts';
 import type { RouterSettings } from '../../appliance/settings.ts';
 import { FakeClock } from '../fakes/clock.ts';
+import { FakeKernel } from '../fakes/mptcp.ts';
 import { FakeNetwork } from '../fakes/network.ts';
 import { FakeNft } from '../fakes/nft.ts';
 
@@ -62,6 +64,7 @@ class Stage {
   readonly endpoints = {
     add: async (one: Address): Promise<void> => void this.announced.add(formatAddress(one)),
     remove: async (one: Address): Promise<void> => void this.announced.delete(formatAddress(one)),
+    close: () => undefined,
   };
 
   get log() {
@@ -214,5 +217,80 @@ describe('a server that has detours announced', () => {
     await takeBack(stage);
     expect(announced.size).toBe(0);
     expect(stage.remembered).toBeNull();
+  });
+});
+
+describe('announcements with the userspace path manager', () => {
+  const CLIENT: Endpoint = { address: address('203.0.113.9'), port: 50_000 };
+  const HTTPS: Endpoint = { address: SERVER, port: 443 };
+  const OTHER = address('80.0.0.2');
+  const kernel = (): FakeKernel => new FakeKernel(new FakeClock());
+  const accepted = (on: FakeKernel, local: Endpoint = HTTPS, opening: object = {}): number => {
+    const token = on.open(local, CLIENT, { serverSide: true, ...opening });
+    on.establish(token);
+    return token;
+  };
+  /** What an event sets off has happened. */
+  const told = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
+  const open = (on: FakeKernel, events: string[] = []) => {
+    const say = (event: string): void => void events.push(event);
+    const log = { debug: say, info: say, warn: say, error: say };
+    return announceEach([443], { openPathManager: on.openPathManager, openDiag: () => on.diag, log });
+  };
+
+  it('reach connections of before, of now and of later, until they are taken back', async () => {
+    const on = kernel();
+    const before = accepted(on);
+    const endpoints = await open(on);
+    const now = accepted(on);
+    await endpoints.add(DETOUR.address);
+    await endpoints.add(OTHER);
+    const later = accepted(on);
+    await told();
+    const all = [before, now, later].map((token) => on.announced(token));
+    expect(all).toEqual(Array.from({ length: 3 }, () => ['80.0.0.1', '80.0.0.2']));
+    await endpoints.remove(DETOUR.address);
+    expect([before, now, later].map((token) => on.announced(token))).toEqual([
+      ['80.0.0.2'],
+      ['80.0.0.2'],
+      ['80.0.0.2'],
+    ]);
+    // An id that is free again is used again: there are eight.
+    for (let round = 0; round < 20; round++) {
+      await endpoints.add(DETOUR.address);
+      await endpoints.remove(DETOUR.address);
+    }
+    await endpoints.remove(DETOUR.address);
+  });
+
+  it('leave connections alone that are ours to open, at another port or of another family', async () => {
+    const on = kernel();
+    const endpoints = await open(on);
+    await endpoints.add(DETOUR.address);
+    const others = [
+      accepted(on, { address: SERVER, port: 22 }),
+      accepted(on, { address: address('fd00::1'), port: 443 }),
+      accepted(on, HTTPS, { serverSide: false }),
+    ];
+    expect(others.map((token) => on.announced(token))).toEqual([[], [], []]);
+  });
+
+  it('survive connections that end meanwhile, or are older than the path manager', async () => {
+    const [on, events] = [kernel(), [] as string[]];
+    accepted(on, HTTPS, { kernelManaged: true });
+    const endpoints = await open(on, events);
+    const gone = accepted(on);
+    const here = accepted(on);
+    on.deafen();
+    on.close(gone);
+    await endpoints.add(DETOUR.address);
+    expect(on.announced(here)).toEqual(['80.0.0.1']);
+    expect(events).toEqual(['not-told', 'not-told']);
+    // What was not heard of is looked for.
+    const missed = accepted(on);
+    on.hearAgain();
+    await told();
+    expect(on.announced(missed)).toEqual(['80.0.0.1']);
+    endpoints.close();
   });
 });

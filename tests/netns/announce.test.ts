@@ -85,6 +85,33 @@ describe.runIf(requireRoot('tests of announced detours'))('detours that a server
     expect(left).not.toContain('elements');
   });
 
+  it('are announced one connection at a time where the userspace path manager is in charge, at the ports alone', async () => {
+    const agent = await world.startAgent({ ...ANNOUNCING, DETOUR_ROLE: 'client,server' }, world.server);
+    running = agent.program;
+    await waitUntil(async () => (await agent.status()).announced?.some(({ state }) => state === 'announced'), {
+      deadlineMs: 20_000,
+      what: 'the detour to say yes',
+    });
+    const elsewhere = await startServer(world.server, { port: 5001 });
+    const events = world.client.spawn(['ip', 'mptcp', 'monitor']);
+    const other = startTransfer(world.client, { to: '10.81.0.2:5001', bytes: 100_000 });
+    expect((await other.result).mptcp).toBe(true);
+    const transfer = startTransfer(world.client, { to: SERVER, bytes: BYTES });
+    await onItsWay();
+    expect(await endpoints(world.server)).toBe('');
+    expect(await agent.program.stop()).toEqual({ code: 0, signal: null });
+    await waitUntil(
+      async () => (await world.client.exec(['ss', '-tnH', 'state', 'established', 'dst', detour().v4])).trim() === '',
+      { deadlineMs: 20_000, what: 'the end of the path' },
+    );
+    expect((await transfer.result).sha256).toBe(expectedSha256('detour', BYTES));
+    const announcements = events.lines.filter((line) => line.includes('ANNOUNCED'));
+    expect(announcements.filter((line) => line.includes(detour().v4))).toHaveLength(1);
+    await events.stop('SIGKILL');
+    await elsewhere.stop('SIGKILL');
+    expect(await hostState(world.server)).toEqual(before);
+  });
+
   it('lead joins there and nothing else', async () => {
     const agent = await announcing();
     await world.server.nft(

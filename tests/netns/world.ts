@@ -56,6 +56,8 @@ export type Status = {
     readonly observed: string | null;
   }[];
   readonly connections: readonly StatusConnection[];
+  /** Of servers that have detours announced. */
+  readonly announced?: readonly { readonly detour: string; readonly state: string; readonly why: string | null }[];
   /** Left out while there are none. */
   readonly tunnels?: readonly {
     readonly detour: string;

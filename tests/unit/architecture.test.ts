@@ -20,7 +20,7 @@ const ROLES: readonly (readonly [RegExp, Role])[] = [
   [/^client\/(rescue|redirect|workloads|switches|enrolment|numbering|guard)\.ts$/, 'pure'],
   [/^router\/(server|keeper|gateway|table|notices)\.ts$/, 'shell'],
   [
-    /^client\/(daemon|agent|announcer|report|metrics|detours|tunnels|sources|names|loader|limits|mptcpify|rescuer|provider|docker|kubernetes)\.ts$/,
+    /^client\/(daemon|agent|announcements|announcer|report|metrics|detours|tunnels|sources|names|loader|limits|mptcpify|rescuer|provider|docker|kubernetes)\.ts$/,
     'shell',
   ],
   [/^kernel\//, 'kernel'],
