@@ -14,6 +14,7 @@ import { measureCrowd } from './crowd.ts';
 import { experiments, measureExperiments, measureShortExperiments } from './experiments.ts';
 import { type Figure, isMet, note } from './figures.ts';
 import { measureGain } from './gain.ts';
+import { measureJoins } from './joins.ts';
 import { measureLeases } from './leases.ts';
 import { measureOutages } from './outages.ts';
 import { measureReaction } from './reaction.ts';
@@ -22,6 +23,7 @@ import { format, promise, report, verdict } from './report.ts';
 import { measureRescue } from './rescue.ts';
 import { THESIS } from './thesis.ts';
 import { measureTunnels } from './tunnels.ts';
+import { measureWays } from './ways.ts';
 import { measureWorkloads } from './workloads.ts';
 
 type Measurements = Readonly<Record<string, () => Promise<Figure[]>>>;
@@ -32,6 +34,7 @@ const SHORT: Measurements = {
   tunnels: measureTunnels,
   gain: measureGain,
   rescue: measureRescue,
+  ways: measureWays,
 };
 const FULL: Measurements = {
   experiments: measureExperiments,
@@ -42,6 +45,8 @@ const FULL: Measurements = {
   leases: measureLeases,
   rescue: measureRescue,
   tunnels: measureTunnels,
+  ways: measureWays,
+  joins: measureJoins,
   workloads: measureWorkloads,
   crashes: measureCrashes,
   outages: measureOutages,

@@ -1,5 +1,5 @@
 import type { Daemon } from './daemons.ts';
-import { type Host, type Lab, waitUntil } from './netns.ts';
+import { type Conditions, type Host, type Lab, waitUntil } from './netns.ts';
 
 /**
  * A client with one network card, a gateway, one detour and a server:
@@ -18,10 +18,10 @@ export type DetourWorld = {
   readonly clientEnv: Readonly<Record<string, string>>;
 };
 
-/** Builds it; with a rate, the gateway's two uplinks have it, each direction. */
+/** Builds it; the gateway's two uplinks have these conditions, each direction; for a `wire` see `LinkOptions`. */
 export async function detourWorld(
   lab: Lab,
-  limits: { readonly rateMbit?: number; readonly queueMs?: number } = {},
+  limits: Conditions & { readonly wire?: boolean } = {},
 ): Promise<DetourWorld> {
   const [client, gateway] = [await lab.host('client'), await lab.host('gateway')];
   const [detour, server] = [await lab.host('detour'), await lab.host('server')];
