@@ -78,7 +78,7 @@ async function measureWay(way: Way): Promise<Figure[]> {
     ready: false,
   });
   await agent.program.waitFor('"event":"started"', 20_000);
-  await waitForDetours(agent, 1);
+  if (way.agent.on === 'client') await waitForDetours(agent, 1);
   await inUse(world, agent, way);
 
   const servers = way.servers.length > 0 ? way.servers : SERVERS.map(() => world.serverAddress);
