@@ -134,6 +134,7 @@ export async function startDaemon(settings: ClientSettings, ports: DaemonPorts):
     sources: sourceStatus,
     workloads: () => [...entries.values()].map(({ state }) => state),
     mptcpify: mptcpify.status,
+    announced: () => announcer?.status() ?? [],
   });
 
   /** Tells whose sockets may become Multipath TCP now. */

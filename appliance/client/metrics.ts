@@ -1,4 +1,5 @@
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import type { AnnouncedStatus } from './announcer.ts';
 import type { MptcpifyStatus } from './mptcpify.ts';
 import type { SourceStatus } from './sources.ts';
 import type { State } from './state.ts';
@@ -13,12 +14,13 @@ export type Measured = {
   readonly sources: () => readonly SourceStatus[];
   readonly workloads: () => readonly WorkloadState[];
   readonly mptcpify: () => MptcpifyStatus;
+  readonly announced: () => readonly AnnouncedStatus[];
 };
 
 /** Of a container or pod that asked to be served. */
 export type WorkloadState = 'starting' | 'served' | 'failed';
 
-export function createMetrics({ states, sources, workloads, mptcpify }: Measured) {
+export function createMetrics({ states, sources, workloads, mptcpify, announced }: Measured) {
   const registry = new Registry();
   const registers = [registry];
   const each = <T>(pick: (state: State) => Iterable<T>): T[] => states().flatMap((state) => [...pick(state)]);
@@ -119,6 +121,17 @@ export function createMetrics({ states, sources, workloads, mptcpify }: Measured
     registers,
     collect() {
       this.set(mptcpify().state === 'on' ? 1 : 0);
+    },
+  });
+  new Gauge({
+    name: 'detour_client_announcements',
+    help: 'Ports of this server that detours were asked to lead joins to (DETOUR_ANNOUNCE)',
+    labelNames: ['state'],
+    registers,
+    collect() {
+      const counts = count(announced().map(({ state }) => state));
+      for (const state of ['asked', 'announced', 'refused', 'unanswered'] as const)
+        this.set({ state }, counts.get(state) ?? 0);
     },
   });
   new Counter({

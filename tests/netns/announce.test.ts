@@ -2,7 +2,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { type Host, type Running, requireRoot, waitUntil } from '../lab/netns.ts';
 import { expectedSha256, startServer, startTransfer } from '../lab/traffic.ts';
 import { connect } from './stage.ts';
-import { hostState, type Status, World } from './world.ts';
+import { hostState, World } from './world.ts';
 
 /** A server that has its detours announced (`DETOUR_ANNOUNCE`), and a client without any software of ours. */
 
@@ -43,7 +43,7 @@ describe.runIf(requireRoot('tests of announced detours'))('detours that a server
   });
 
   /** Starts the server's agent and waits until the detour said yes for both families. */
-  async function announcing(): Promise<{ program: Running; status: () => Promise<Status> }> {
+  async function announcing(): ReturnType<World['startAgent']> {
     const agent = await world.startAgent(ANNOUNCING, world.server);
     running = agent.program;
     await waitUntil(async () => (await endpoints(world.server)).includes(detour().v4), {
@@ -71,6 +71,8 @@ describe.runIf(requireRoot('tests of announced detours'))('detours that a server
         expect.objectContaining({ detour: 'detour1', server: '10.81.0.2', port: 5000, state: 'announced' }),
       ]),
     });
+    // For each family.
+    expect(await agent.metrics()).toMatch(/detour_client_announcements\{state="announced"\} 2\n/);
     const transfer = startTransfer(world.client, { to: SERVER, bytes: BYTES });
     await onItsWay();
     expect(await agent.program.stop()).toEqual({ code: 0, signal: null });
