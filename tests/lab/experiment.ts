@@ -150,9 +150,15 @@ function networkOf(scenario: Scenario, ways: readonly Way[]): string {
 }
 
 /** What routers must offer for these ways. */
-function serviceOf(ways: readonly Way[]): { readonly tunnels: boolean; readonly relays: readonly string[] } {
+function serviceOf(ways: readonly Way[]): {
+  readonly tunnels: boolean;
+  readonly inband: boolean;
+  readonly relays: readonly string[];
+} {
+  const isAsked = (kind: string): boolean => ways.some(({ agent }) => agent?.strategy.includes(kind));
   return {
-    tunnels: ways.some(({ agent }) => agent?.strategy.includes('vpn')),
+    tunnels: isAsked('vpn'),
+    inband: isAsked('inband'),
     relays: [...new Set(ways.flatMap(({ via }) => via ?? []))],
   };
 }
@@ -203,7 +209,7 @@ class Stage implements AsyncDisposable {
     }
     const { congestion } = this.#scenario;
     await startServer(this.#host(this.#scenario.server), { port: PORT, congestion });
-    const { tunnels, relays } = serviceOf(ways);
+    const { tunnels, inband, relays } = serviceOf(ways);
     for (const name of detoursOf(this.#scenario)) {
       const host = this.#host(name);
       // Routers call their interface alike, and wireguard-go has a socket of that name for the whole machine.
@@ -215,6 +221,7 @@ class Stage implements AsyncDisposable {
         DETOUR_HTTP: 'off',
         ...(relays.includes(name) ? { DETOUR_RELAY: 'tcp' } : {}),
         ...(tunnels ? { DETOUR_VPN: 'wireguard' } : {}),
+        ...(inband ? { DETOUR_INBAND: 'on' } : {}),
       };
       const router = this.#scope.use(await Daemon.start(host, 'router', { keys: this.#key, env, ready: false }));
       await router.program.waitFor('"event":"started"', 20_000);

@@ -18,16 +18,20 @@ export type DetourWorld = {
   readonly clientEnv: Readonly<Record<string, string>>;
 };
 
-/** Builds it; the gateway's two uplinks have these conditions, each direction; for a `wire` see `LinkOptions`. */
+/**
+ * Builds it. The gateway's two uplinks have these conditions, each direction, the one to the detour those of `aside` where they are given; for a `wire`
+ * see `LinkOptions`.
+ */
 export async function detourWorld(
   lab: Lab,
   limits: Conditions & { readonly wire?: boolean } = {},
+  aside: typeof limits = limits,
 ): Promise<DetourWorld> {
   const [client, gateway] = [await lab.host('client'), await lab.host('gateway')];
   const [detour, server] = [await lab.host('detour'), await lab.host('server')];
   await lab.link(client, gateway, { v4: '10.86.0.0/30' });
   await lab.link(gateway, server, { v4: '10.86.1.0/30', ...limits });
-  await lab.link(gateway, detour, { v4: '10.86.2.0/30', ...limits });
+  await lab.link(gateway, detour, { v4: '10.86.2.0/30', ...aside });
   await lab.link(detour, server, { v4: '10.86.3.0/30' });
   await client.route('default via 10.86.0.2');
   await server.route('default via 10.86.1.1');
