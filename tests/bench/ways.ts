@@ -29,7 +29,7 @@ type Way = {
 
 const client = (strategy: string): Way['agent'] => ({
   on: 'client',
-  env: { DETOUR_STRATEGY: strategy, DETOUR_MIN_AGE: '0' },
+  env: { DETOUR_STRATEGY: strategy, DETOUR_MIN_AGE: '0ms' },
 });
 
 /**
