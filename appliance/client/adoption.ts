@@ -148,7 +148,7 @@ export function onDump(
       path.remote = subflow.remote;
       if (path.kind !== 'direct') connection.commanded = true;
     }
-    if (connection.establishedAt === null && one.subflows.some(({ established }) => established)) {
+    if (connection.establishedAt === null && one.subflows.some((flow) => flow.established && flow.fullyEstablished)) {
       connection.establishedAt = now;
       const direct = connection.paths[0];
       // Adopted without its first subflow: it was lost while nobody watched.

@@ -254,6 +254,7 @@ export type DumpedConnection = Tuple & {
     readonly localId: number;
     readonly joined: boolean;
     readonly established: boolean;
+    readonly fullyEstablished: boolean;
     readonly backup: boolean;
     /** Retransmission timeouts in a row. */
     readonly timeouts: number;

@@ -28,6 +28,8 @@ export type SubflowSample = {
   readonly initiated: boolean;
   /** Past the handshake and not yet closing. */
   readonly established: boolean;
+  /** The peer has acknowledged data, too: from then on, with its event ESTABLISHED, the kernel takes further subflows. */
+  readonly fullyEstablished: boolean;
   /** Either end asked to use it only when nothing else works. */
   readonly backup: boolean;
   /** Smoothed round-trip time, ms; 0 before the first sample. */
@@ -106,7 +108,7 @@ const ATTRIBUTE_ULP_INFO = 19;
 /** Inside INET_DIAG_ULP_INFO. */
 const ULP_MPTCP = 3;
 const SUBFLOW = { TOKEN_LOC: 2, FLAGS: 8, ID_LOC: 10 } as const;
-const SUBFLOW_FLAG = { MCAP_LOC: 2, JOIN_REM: 4, JOIN_LOC: 8, BKUP_REM: 16, BKUP_LOC: 32 } as const;
+const SUBFLOW_FLAG = { MCAP_LOC: 2, JOIN_REM: 4, JOIN_LOC: 8, BKUP_REM: 16, BKUP_LOC: 32, FULLY_ESTABLISHED: 64 } as const;
 
 /** struct tcp_info */
 const TCP_INFO = {
@@ -339,6 +341,7 @@ function readSubflow(payload: Buffer, { flags, info, localId }: Located): Subflo
     joined: has(SUBFLOW_FLAG.JOIN_LOC) || has(SUBFLOW_FLAG.JOIN_REM),
     initiated: has(SUBFLOW_FLAG.MCAP_LOC) || has(SUBFLOW_FLAG.JOIN_LOC),
     established: payload[STATE_AT] === STATE.ESTABLISHED,
+    fullyEstablished: has(SUBFLOW_FLAG.FULLY_ESTABLISHED),
     backup: has(SUBFLOW_FLAG.BKUP_LOC) || has(SUBFLOW_FLAG.BKUP_REM),
     rttMs: short(TCP_INFO.RTT) / 1000,
     retransmits: short(TCP_INFO.TOTAL_RETRANS),
@@ -364,6 +367,7 @@ function isUnchanged(payload: Buffer, { flags, info, localId }: Located, known: 
     payload.readUInt8(info + TCP_INFO.RETRANSMITS) === known.timeouts &&
     (long(TCP_INFO.BUSY_TIME) - long(TCP_INFO.RWND_LIMITED)) / 1000 === known.busyMs &&
     (payload[STATE_AT] === STATE.ESTABLISHED) === known.established &&
+    has(SUBFLOW_FLAG.FULLY_ESTABLISHED) === known.fullyEstablished &&
     (has(SUBFLOW_FLAG.BKUP_LOC) || has(SUBFLOW_FLAG.BKUP_REM)) === known.backup &&
     (has(SUBFLOW_FLAG.JOIN_LOC) || has(SUBFLOW_FLAG.JOIN_REM)) === known.joined &&
     (has(SUBFLOW_FLAG.MCAP_LOC) || has(SUBFLOW_FLAG.JOIN_LOC)) === known.initiated &&

@@ -270,7 +270,7 @@ const flowFacts = ({ token }: Connection, { local, remote, localId }: Flow, erro
   error,
 });
 
-function sampleOf({ token, local, remote, serverSide, flows }: Connection): ConnectionSample {
+function sampleOf({ token, local, remote, serverSide, established, flows }: Connection): ConnectionSample {
   const subflows = flows.map(
     (flow): SubflowSample => ({
       local: flow.local,
@@ -279,6 +279,7 @@ function sampleOf({ token, local, remote, serverSide, flows }: Connection): Conn
       joined: flow.joined,
       initiated: !serverSide,
       established: flow.state === 'established',
+      fullyEstablished: flow.state === 'established' && established,
       backup: false,
       rttMs: 10,
       retransmits: 0,

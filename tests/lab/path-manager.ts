@@ -79,13 +79,19 @@ export const CASES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = 
       [],
     );
   },
-  'before ESTABLISHED no subflow can be created': async (bench) => {
+  'before ESTABLISHED no subflow can be created, and the diagnosis tells whether it was': async (bench) => {
+    const isFully = async (token: number): Promise<boolean | undefined> =>
+      (await sampleOf(bench, token))?.subflows[0]?.fullyEstablished;
     await bench.connect();
     const { token, local, remote } = await bench.next('created');
     await rejects(
       bench.manager.subflowCreate({ token, localId: 0, local: local.address, remote, backup: false }),
       'ENOTCONN',
     );
+    assert.equal(await isFully(token), false);
+    await bench.speak();
+    await bench.next('established');
+    assert.equal(await isFully(token), true);
     await bench.close();
   },
   'an unknown token is EINVAL': async (bench) => {

@@ -357,6 +357,7 @@ export class Agent {
           localId: one.localId,
           joined: one.detour !== null,
           established: one.established,
+          fullyEstablished: one.established,
           backup: one.backup,
           timeouts: 0,
           unacked: 0,

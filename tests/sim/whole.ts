@@ -257,7 +257,17 @@ export class Whole {
       const { established, backup, busyMs, rttMs, acked, deadSince } = subflow;
       const stuck = deadSince !== null && !backup;
       return {
-        ...{ local, remote, localId: 0, joined: path !== 'direct', established, backup, busyMs, rttMs },
+        ...{
+          local,
+          remote,
+          localId: 0,
+          joined: path !== 'direct',
+          established,
+          fullyEstablished: established,
+          backup,
+          busyMs,
+          rttMs,
+        },
         ...{ timeouts: stuck ? 1 : 0, unacked: stuck ? 10 : 0, bytesAcked: Math.round(acked), bytesReceived: 0 },
       };
     });

@@ -564,7 +564,16 @@ describe('what the kernel says it has', () => {
     remote: SERVER,
     initiated: true,
     subflows: [
-      { local: CLIENT, remote: SERVER, localId: 0, joined: false, established: true, backup: false, ...QUIET },
+      {
+        local: CLIENT,
+        remote: SERVER,
+        localId: 0,
+        joined: false,
+        established: true,
+        fullyEstablished: true,
+        backup: false,
+        ...QUIET,
+      },
     ],
     ...more,
   });
@@ -574,12 +583,23 @@ describe('what the kernel says it has', () => {
     localId: 0,
     joined: true,
     established: true,
+    fullyEstablished: true,
     backup: false,
     ...QUIET,
   };
 
   test('lost events lead to a dump', () => {
     expect(new Story().tell({ kind: 'events-lost' })).toEqual([{ kind: 'dump' }]);
+  });
+
+  test('a connection whose handshake alone is over waits for the kernel to call it established', () => {
+    const story = new Story();
+    story.detour('a', A);
+    story.tell(opening('created'));
+    story.grant('a');
+    const early = dumped().subflows.map((one) => ({ ...one, fullyEstablished: false }));
+    expect(story.tell({ kind: 'dump', askedAt: 1_000, connections: [dumped({ subflows: early })] })).toEqual([]);
+    expect(creates(story.tell(opening('established'))).length).toBe(1);
   });
 
   test('a connection found at the start gets paths', () => {
@@ -636,7 +656,12 @@ describe('what the kernel says it has', () => {
           const { up = true, unacked = 0 } = flow;
           return {
             ...{ ...QUIET, local: path.local, remote: path.remote, localId: 0, unacked },
-            ...{ joined: path.kind === 'nat', established: true, backup: path.state === 'backup' },
+            ...{
+              joined: path.kind === 'nat',
+              established: true,
+              fullyEstablished: true,
+              backup: path.state === 'backup',
+            },
             busyMs: up ? story.now : 0,
             ...(up ? { bytesAcked: bytes } : { bytesReceived: bytes }),
           };
@@ -934,6 +959,7 @@ describe('always', () => {
             serverSide: draw(8) === 0,
             deny: draw(8) === 0,
             established: false,
+            fullyEstablished: false,
           };
           open.set(next, fresh);
           check(story.tell(opening('created', next++, { ...fresh, denyJoinId0: false })));
@@ -1003,6 +1029,7 @@ describe('always', () => {
                 localId: 0,
                 joined: false,
                 established: one.established,
+                fullyEstablished: one.established,
                 ...QUIET,
                 backup: false,
                 bytesAcked: draw(1_000_000),
@@ -1014,6 +1041,7 @@ describe('always', () => {
                   localId: 0,
                   joined: true,
                   established: flow.up,
+                  fullyEstablished: flow.up,
                   backup: false,
                   ...QUIET,
                   timeouts: draw(5),

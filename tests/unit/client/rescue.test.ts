@@ -434,6 +434,7 @@ describe('a rescued connection', () => {
       localId: 0,
       joined: false,
       established: true,
+      fullyEstablished: true,
       backup: false,
       timeouts: 0,
       unacked: 0,

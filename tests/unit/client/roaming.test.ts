@@ -121,6 +121,7 @@ test('what it carried before it moved is not held against the paths that start a
         localId: 0,
         joined: path === 'nat',
         established: true,
+        fullyEstablished: true,
         backup: false,
         timeouts: 0,
         unacked: 1,
@@ -160,7 +161,7 @@ test('a reading of the kernel does not bring back what is stranded', () => {
   const { state, tell } = running();
   tell(5_000, { kind: 'network-changed', addresses: [], links: null });
   const counts = { timeouts: 0, unacked: 0, busyMs: 0, rttMs: 10, bytesAcked: 0, bytesReceived: 0 };
-  const shared = { localId: 0, established: true, backup: false, ...counts };
+  const shared = { localId: 0, established: true, fullyEstablished: true, backup: false, ...counts };
   tell(6_000, {
     kind: 'dump',
     askedAt: 5_990,
