@@ -16,7 +16,7 @@ const SERVERS = Array.from({ length: 45 }, (_, index) => `10.86.4.${index + 1}`)
 /** Of them, before anything is counted: the router remembers a few things about a client, once. */
 const FIRST = 5;
 /** More than what a connection carries before its second path can be there. */
-const FLOW_BYTES = 500_000;
+const FLOW_BYTES = 800_000;
 const ROUNDS = 2;
 const TRANSFER_BYTES = 12_500_000;
 
