@@ -187,7 +187,7 @@ const BRAKE_MS = 1_000;
 const HARM = 6;
 /** As long as it is this likely that a detour still does harm, other connections take it in reserve only. */
 const HARM_HOLDS = 0.5;
-/** A path that was given its place back needs this long to show again what it carries. */
+/** A path that was given its place back, or the direct one that was dead, needs this long to show again what it carries. */
 const SETTLE_MS = 5_000;
 /** A candidate that carries less than this share of what it replaced, after slow start, is not waited for. */
 const HOPELESS = 0.5;
@@ -947,10 +947,16 @@ function unpark(turn: Turn): void {
 function probe(turn: Turn): void {
   const { book, situation, now } = turn;
   const { raw, smooth } = book.observation;
+  if (!situation.directAlive) {
+    // What it carries meanwhile is nothing to compare with what the direct path carries once it is back.
+    book.level = smooth;
+    book.probeAt = Math.max(book.probeAt, now + SETTLE_MS);
+    return;
+  }
   const fell = Math.max(raw, smooth) < book.level * FALL;
   book.level = Math.max(book.level * LEVEL_KEPT, smooth);
   const active = activeOf(turn);
-  if ((!fell && now < book.probeAt) || !situation.directAlive) return;
+  if (!fell && now < book.probeAt) return;
   if (active.length === 0) {
     book.probeAt = Number.POSITIVE_INFINITY;
     return;

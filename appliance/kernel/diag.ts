@@ -108,7 +108,14 @@ const ATTRIBUTE_ULP_INFO = 19;
 /** Inside INET_DIAG_ULP_INFO. */
 const ULP_MPTCP = 3;
 const SUBFLOW = { TOKEN_LOC: 2, FLAGS: 8, ID_LOC: 10 } as const;
-const SUBFLOW_FLAG = { MCAP_LOC: 2, JOIN_REM: 4, JOIN_LOC: 8, BKUP_REM: 16, BKUP_LOC: 32, FULLY_ESTABLISHED: 64 } as const;
+const SUBFLOW_FLAG = {
+  MCAP_LOC: 2,
+  JOIN_REM: 4,
+  JOIN_LOC: 8,
+  BKUP_REM: 16,
+  BKUP_LOC: 32,
+  FULLY_ESTABLISHED: 64,
+} as const;
 
 /** struct tcp_info */
 const TCP_INFO = {

@@ -608,6 +608,23 @@ describe('what is decided', () => {
     expect(story.present.size).toBe(0);
   });
 
+  test('a direct path that was dead carries again before anybody asks what the others add', () => {
+    const story = new Story(['a:1'], apart({ direct: 10, 'a:1': 9 }));
+    story.run(5_000);
+    story.directAlive = false;
+    story.rates = apart({ 'a:1': 9 });
+    story.run(10_000);
+    story.directAlive = true;
+    const [back, from] = [story.now, story.decisions.length];
+    // Slow start.
+    story.rates = (inUse) => apart({ direct: Math.min(10, (story.now - back) / 200), 'a:1': 9 })(inUse);
+    story.run(10_000);
+    story.settle();
+    const asked = story.decisions.slice(from).filter(({ act }) => act === 'backup');
+    for (const { at } of asked) expect(at).toBeGreaterThanOrEqual(back + 5_000);
+    expect(story.inUse).toEqual(['a:1']);
+  });
+
   test('only one of many connections tries a candidate for a prefix at a time', () => {
     const experience = emptyExperience();
     const rates = apart({ direct: 10, 'a:1': 1, 'b:1': 1, 'c:1': 20 });
