@@ -102,6 +102,8 @@ ${pod(2)}
 
 /** Looks for a process of container $1, and tries to open its network namespace and to enter it. */
 const INTRUDE = `
+  # Two pipes would reach the log in any order.
+  exec 2>&1
   for process in /proc/[0-9]*; do grep -q "/$1\\$" $process/cgroup 2>/dev/null && break; done
   echo "$(tr '\\0' ' ' <$process/cmdline | cut -c 1-11)"
   : <$process/ns/net && echo opened
