@@ -32,7 +32,6 @@ type Measurements = Readonly<Record<string, () => Promise<Figure[]>>>;
 const SHORT: Measurements = {
   scenarios: measureShortExperiments,
   tunnels: measureTunnels,
-  gain: measureGain,
   rescue: measureRescue,
   ways: measureWays,
 };
