@@ -25,8 +25,6 @@ type Way = {
   readonly title: string;
   readonly router: Readonly<Record<string, string>>;
   readonly agent: { readonly on: 'client' | 'server'; readonly env: Readonly<Record<string, string>> };
-  /** Where connections go; a server that announces is one server. */
-  readonly servers: readonly string[];
 };
 
 const client = (strategy: string): Way['agent'] => ({
@@ -40,14 +38,13 @@ const client = (strategy: string): Way['agent'] => ({
  */
 export async function measureWays(): Promise<Figure[]> {
   const ways: readonly Way[] = [
-    { title: 'lease', router: {}, agent: client('nat'), servers: SERVERS },
-    { title: 'in-band', router: { DETOUR_INBAND: 'on' }, agent: client('inband'), servers: SERVERS },
-    { title: 'tunnel', router: { DETOUR_VPN: 'wireguard' }, agent: client('vpn'), servers: SERVERS },
+    { title: 'lease', router: {}, agent: client('nat') },
+    { title: 'in-band', router: { DETOUR_INBAND: 'on' }, agent: client('inband') },
+    { title: 'tunnel', router: { DETOUR_VPN: 'wireguard' }, agent: client('vpn') },
     {
       title: 'announced',
       router: { DETOUR_ANNOUNCE_PORTS: String(PORT) },
       agent: { on: 'server', env: { DETOUR_ROLE: 'server', DETOUR_ANNOUNCE: String(PORT) } },
-      servers: [],
     },
   ];
   const figures: Figure[] = [];
@@ -84,7 +81,8 @@ async function measureWay(way: Way): Promise<Figure[]> {
   if (way.agent.on === 'client') await waitForDetours(agent, 1);
   await inUse(world, agent, way);
 
-  const servers = way.servers.length > 0 ? way.servers : SERVERS.map(() => world.serverAddress);
+  // A server that has detours announced is one server.
+  const servers = way.agent.on === 'server' ? SERVERS.map(() => world.serverAddress) : SERVERS;
   const connect = async (some: readonly string[]): Promise<void> => {
     for (const server of some)
       await startFlows(world.client, { to: `${server}:${PORT}`, count: 1, bytes: FLOW_BYTES }).result;
